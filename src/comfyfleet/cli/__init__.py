@@ -1,0 +1,1 @@
+"""The `comfyfleet` command. Each command is a module; importing the group loads none of them."""

@@ -1,0 +1,1 @@
+"""What users import: `Serverless` (async) and `SyncServerless` (its blocking twin)."""

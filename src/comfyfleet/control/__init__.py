@@ -1,0 +1,1 @@
+"""The control plane: endpoints, workergroups, tickets, durable jobs, the autoscaler and the fleet."""

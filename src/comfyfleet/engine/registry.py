@@ -1,0 +1,203 @@
+"""Node declarations: one function and one declaration make a node; `object_info` is derived from them.
+
+A declaration says what ComfyUI's `INPUT_TYPES` says (kinds, defaults, limits, lists), so the checker, the executor and
+the description given to clients can never disagree. This module holds no node; those live in `nodes/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+# What a node function returns: its outputs in order, or, for an output node, what a client is shown as well.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """Result of a node with something to show: `ui` is ComfyUI's ui dictionary ({"images": [{filename, …}]})."""
+
+    ui: Mapping[str, Sequence[Any]]
+    outputs: tuple[Any, ...] = ()
+
+
+class Folders(Protocol):
+    """Where a run finds and puts files."""
+
+    def model_names(self, kind: str) -> list[str]:
+        """Names in a model folder ("checkpoints", "vae", …), sorted, sub-folders with '/', miniatures last."""
+        ...
+
+    def model_path(self, kind: str, name: str) -> str: ...
+
+    def input_names(self) -> list[str]: ...
+
+    def input_path(self, name: str) -> str:
+        """The path of an input file; never outside the input, output or temp folder."""
+        ...
+
+    def next_output(
+        self, prefix: str, extension: str, *, kind: str = "output", width: int = 0, height: int = 0
+    ) -> OutputName:
+        """Reserve the next `<prefix>_00001_.<extension>` as ComfyUI names files; `kind` is "output" or "temp"."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputName:
+    """A file about to be written to `staging_path`; `NodeRun.commit` names it, so no half-written file has its name."""
+
+    staging_path: str
+    path: str
+    filename: str
+    subfolder: str
+    kind: str
+
+    def shown(self) -> dict[str, str]:
+        return {"filename": self.filename, "subfolder": self.subfolder, "type": self.kind}
+
+
+class NodeRun(Protocol):
+    """What a running node may ask of its surroundings."""
+
+    node_id: str
+    folders: Folders
+    prompt: Mapping[str, Any]  # the validated API graph, for file metadata
+    extra_pnginfo: Mapping[str, Any]
+
+    def progress(self, value: int, maximum: int, preview: Callable[[], Any] | None = None) -> None:
+        """Tell a step; raises Interrupted when the run was stopped. `preview` makes a small IMAGE if one is wanted."""
+        ...
+
+    def commit(self, output: OutputName) -> None:
+        """Give a finished staging file its final name, atomically."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """One input: `kind` is a link type ("MODEL"), a widget type ("INT", …) or "COMBO" with `options`.
+
+    `options` is a list, or a function of the folders for lists of files. `details` goes to object_info as it is
+    (min, max, step, round, multiline, tooltip …); `minimum`/`maximum` are checked.
+    """
+
+    kind: str
+    required: bool = True
+    default: Any = None
+    minimum: float | None = None
+    maximum: float | None = None
+    options: Sequence[Any] | Callable[[Folders], Sequence[Any]] | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def link(kind: str, *, required: bool = True) -> Input:
+    return Input(kind=kind, required=required)
+
+
+def integer(
+    default: int = 0, minimum: int = 0, maximum: int = 2**31 - 1, *, required: bool = True, **details: Any
+) -> Input:
+    return Input(kind="INT", required=required, default=default, minimum=minimum, maximum=maximum, details=details)
+
+
+def real(
+    default: float = 0.0, minimum: float = 0.0, maximum: float = 1.0, *, required: bool = True, **details: Any
+) -> Input:
+    return Input(kind="FLOAT", required=required, default=default, minimum=minimum, maximum=maximum, details=details)
+
+
+def text(default: str = "", *, required: bool = True, **details: Any) -> Input:
+    return Input(kind="STRING", required=required, default=default, details=details)
+
+
+def boolean(default: bool = False, *, required: bool = True, **details: Any) -> Input:
+    return Input(kind="BOOLEAN", required=required, default=default, details=details)
+
+
+def choice(
+    options: Sequence[Any] | Callable[[Folders], Sequence[Any]],
+    *,
+    default: Any = None,
+    required: bool = True,
+    **details: Any,
+) -> Input:
+    return Input(kind="COMBO", required=required, default=default, options=options, details=details)
+
+
+NodeFunction = Callable[..., "tuple[Any, ...] | Shown"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A declared node. `outputs` are link types; `is_output` marks where a run may end.
+
+    `fingerprint(run_folders, **inputs)` joins the cache signature (LoadImage: the file's digest).
+    `check(folders, **inputs)` returns a reason to refuse, or None (ComfyUI's VALIDATE_INPUTS).
+    """
+
+    name: str
+    function: NodeFunction
+    inputs: Mapping[str, Input]
+    outputs: tuple[str, ...]
+    output_names: tuple[str, ...]
+    category: str
+    display_name: str
+    is_output: bool = False
+    fingerprint: Callable[..., str] | None = None
+    check: Callable[..., str | None] | None = None
+
+
+class NodeRegistry:
+    """Nodes by class_type. Names are unique."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[str, Node] = {}
+
+    def __getitem__(self, name: str) -> Node:
+        return self._nodes[name]
+
+    def get(self, name: str) -> Node | None:
+        return self._nodes.get(name)
+
+    def names(self) -> list[str]:
+        return sorted(self._nodes)
+
+    def add(self, node: Node) -> None:
+        if node.name in self._nodes:
+            raise ValueError(f"node {node.name} is declared twice")
+        self._nodes[node.name] = node
+
+    def node(
+        self,
+        name: str,
+        *,
+        inputs: Mapping[str, Input],
+        outputs: Sequence[str] = (),
+        output_names: Sequence[str] = (),
+        category: str = "",
+        display_name: str = "",
+        is_output: bool = False,
+        fingerprint: Callable[..., str] | None = None,
+        check: Callable[..., str | None] | None = None,
+    ) -> Callable[[NodeFunction], NodeFunction]:
+        """Declare the decorated function `f(run: NodeRun, *, <inputs by name>)` as node `name`."""
+
+        def declare(function: NodeFunction) -> NodeFunction:
+            self.add(
+                Node(
+                    name=name,
+                    function=function,
+                    inputs=inputs,
+                    outputs=tuple(outputs),
+                    output_names=tuple(output_names) or tuple(outputs),
+                    category=category,
+                    display_name=display_name or name,
+                    is_output=is_output,
+                    fingerprint=fingerprint,
+                    check=check,
+                )
+            )
+            return function
+
+        return declare

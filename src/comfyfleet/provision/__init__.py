@@ -1,0 +1,1 @@
+"""What a worker needs on disk: templates, model downloads, ComfyUI itself, and cleaning up."""

@@ -1,0 +1,170 @@
+"""The one error tree: code, HTTP status and retryability stand on the class.
+
+FleetError
+├── BadRequest 400 · Malformed body, wrong shape
+├── Unauthorized 401 · no or a wrong key or ticket
+├── Forbidden 403 · a good key without the right
+├── NotFound 404
+├── Gone 409 · the thing joined went away
+├── SessionGone 410
+├── PayloadTooLarge 413
+├── Unprocessable 422 · no retry can help
+│   ├── WorkflowRefused · a graph that cannot run, naming node and input
+│   ├── IdempotencyMismatch · the same id with another body
+│   └── JobFailed · the job ran and failed by its own fault
+├── TooManyRequests 429
+├── JobCancelled 499
+├── Unavailable 503 · a retry can help; carries retry_after_s
+│   ├── QueueFull · EngineUnavailable · NoWorker · ShuttingDown
+└── DiskFull 507
+
+Raise with facts (`node_id="7", input="seed"`); the renderers in `web` turn an error into the body of its side: the
+worker's result shape or the control plane's `{error, msg, details}`. A bug is not a FleetError: it becomes a 500.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class FleetError(Exception):
+    """Base of all errors we mean to show. `details` holds facts a program can read; never a secret or a server path."""
+
+    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str = "", *, retry_after_s: float | None = None, **details: Any) -> None:
+        self.message = message or (type(self).__doc__ or self.code).strip().splitlines()[0]
+        self.retry_after_s = retry_after_s
+        self.details: dict[str, Any] = {name: value for name, value in details.items() if value is not None}
+        super().__init__(self.message)
+
+    def as_dict(self) -> dict[str, Any]:
+        """`{code, message, details}`, the body's `error`."""
+        return {"code": self.code, "message": self.message, "details": self.details}
+
+
+class BadRequest(FleetError):
+    """The body is not JSON, or not of the shape asked for."""
+
+    code, status = "bad_request", 400
+
+
+class Unauthorized(FleetError):
+    """A key or ticket is needed, and this one is missing, wrong, used or expired."""
+
+    code, status = "unauthorized", 401
+
+
+class Forbidden(FleetError):
+    """This key may not do that."""
+
+    code, status = "forbidden", 403
+
+
+class NotFound(FleetError):
+    """There is no such thing, or it is not yours to see."""
+
+    code, status = "not_found", 404
+
+
+class Gone(FleetError):
+    """What this request joined went away before it ended."""
+
+    code, status = "gone", 409
+
+
+class SessionGone(FleetError):
+    """The session ended or expired."""
+
+    code, status = "session_gone", 410
+
+
+class PayloadTooLarge(FleetError):
+    """The body is over the limit."""
+
+    code, status = "payload_too_large", 413
+
+
+class Unprocessable(FleetError):
+    """Understood, and no retry can help."""
+
+    code, status = "unprocessable", 422
+
+
+class WorkflowRefused(Unprocessable):
+    """The workflow cannot run as it is; details name node_id, class_type and input."""
+
+    code = "workflow_refused"
+
+
+class IdempotencyMismatch(Unprocessable):
+    """This id was used before with another body."""
+
+    code = "idempotency_mismatch"
+
+
+class JobFailed(Unprocessable):
+    """The job ran and failed by its own fault."""
+
+    code = "job_failed"
+
+
+class TooManyRequests(FleetError):
+    """Over a rate limit or quota; try again after retry_after_s."""
+
+    code, status, retryable = "too_many_requests", 429, True
+
+
+class JobCancelled(FleetError):
+    """The job was cancelled."""
+
+    code, status = "cancelled", 499
+
+
+class Unavailable(FleetError):
+    """Not now; a retry after retry_after_s can help."""
+
+    code, status, retryable = "unavailable", 503, True
+
+
+class QueueFull(Unavailable):
+    """The queue is full; retry_after_s is the true estimate of when a place is free."""
+
+    code = "queue_full"
+
+
+class EngineUnavailable(Unavailable):
+    """The engine is starting, restarting or lost."""
+
+    code = "engine_unavailable"
+
+
+class NoWorker(Unavailable):
+    """No worker can take this now."""
+
+    code = "no_worker"
+
+
+class ShuttingDown(Unavailable):
+    """This process is draining."""
+
+    code = "shutting_down"
+
+
+class DiskFull(FleetError):
+    """No room for outputs; jobs are refused until there is."""
+
+    code, status = "disk_full", 507
+
+
+def all_errors() -> list[type[FleetError]]:
+    """Every class of the tree, parents first; documentation tests walk it."""
+    found: list[type[FleetError]] = []
+    waiting: list[type[FleetError]] = [FleetError]
+    while waiting:
+        current = waiting.pop(0)
+        found.append(current)
+        waiting.extend(current.__subclasses__())
+    return found

@@ -1,0 +1,136 @@
+"""A workflow graph in ComfyUI's API format: parsed and bounded once, before anything acts on it.
+
+This is the shape check every role can do without knowing any node: an object of nodes, each with a class_type and an
+inputs object, bounded in size and depth, with finite numbers and no cycle. What a node's inputs may hold is the
+engine's business. The bounds exist because some graphs kill a ComfyUI (its worker thread dies on depth ~900 and on
+nodes without inputs; a chain of ~2,000 nodes exhausts its recursion).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from comfyfleet.wire.errors import BadRequest, WorkflowRefused
+
+MAX_NODES = 1500
+MAX_DEPTH = 64
+MAX_CHAIN = 900
+
+Graph = dict[str, dict[str, Any]]
+
+
+def parse_graph(value: object, *, field: str = "workflow_json") -> Graph:
+    """A rebuilt graph: every node exactly `{class_type, inputs, _meta?}`. Raises BadRequest or WorkflowRefused."""
+    if not isinstance(value, Mapping):
+        raise BadRequest(f"{field} must be an object of nodes", field=field)
+    if not value:
+        raise WorkflowRefused(f"{field} has no node", field=field)
+    if isinstance(value.get("nodes"), list) and "links" in value:
+        raise WorkflowRefused(
+            f"{field} is a canvas file; export it with “Save (API format)”",
+            field=field,
+            reason="canvas_format",
+        )
+    if len(value) > MAX_NODES:
+        raise WorkflowRefused(f"{field} has {len(value)} nodes, the limit is {MAX_NODES}", field=field)
+    graph = {str(node_id): _parse_node(str(node_id), node) for node_id, node in value.items()}
+    check_acyclic(graph)
+    return graph
+
+
+def _parse_node(node_id: str, node: object) -> dict[str, Any]:
+    if not isinstance(node, Mapping):
+        raise WorkflowRefused(f"node {node_id} must be an object", node_id=node_id)
+    class_type = node.get("class_type")
+    if not isinstance(class_type, str) or not class_type:
+        raise WorkflowRefused(f"node {node_id} has no class_type", node_id=node_id, input="class_type")
+    inputs = node.get("inputs")
+    if not isinstance(inputs, Mapping):
+        raise WorkflowRefused(
+            f"node {node_id} ({class_type}) has no inputs object",
+            node_id=node_id,
+            class_type=class_type,
+            input="inputs",
+        )
+    for name, given in inputs.items():
+        if reason := unfit_value(given):
+            raise WorkflowRefused(
+                f"node {node_id} ({class_type}), input {name}: {reason}",
+                node_id=node_id,
+                class_type=class_type,
+                input=str(name),
+            )
+    rebuilt: dict[str, Any] = {
+        "class_type": class_type,
+        "inputs": {str(name): given for name, given in inputs.items()},
+    }
+    meta = node.get("_meta")
+    if isinstance(meta, Mapping) and unfit_value(meta) is None:
+        rebuilt["_meta"] = dict(meta)
+    return rebuilt
+
+
+def unfit_value(value: object) -> str | None:
+    """Why a JSON value must not be forwarded (too deep, not finite), or None. Never recurses."""
+    stack: list[tuple[object, int]] = [(value, 1)]
+    while stack:
+        current, depth = stack.pop()
+        if depth > MAX_DEPTH:
+            return f"nested deeper than {MAX_DEPTH} levels"
+        if isinstance(current, float) and not math.isfinite(current):
+            return "not a finite number"
+        if isinstance(current, Mapping):
+            stack.extend((inner, depth + 1) for inner in current.values())
+        elif isinstance(current, list):
+            stack.extend((inner, depth + 1) for inner in current)
+    return None
+
+
+def is_link(value: object) -> bool:
+    """True for `[node_id, output_index]`, the form of a link."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], str)
+        and isinstance(value[1], int)
+        and not isinstance(value[1], bool)
+    )
+
+
+def links(node: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
+    """(input name, source node id, output index) of a parsed node."""
+    for name, value in node["inputs"].items():
+        if is_link(value):
+            yield name, value[0], value[1]
+
+
+def check_acyclic(graph: Graph) -> None:
+    """Raises WorkflowRefused naming a node on a cycle, or at the end of a chain longer than MAX_CHAIN."""
+    waiting = {node_id: {source for _, source, _ in links(node) if source in graph} for node_id, node in graph.items()}
+    users: dict[str, list[str]] = {}
+    for node_id, sources in waiting.items():
+        for source in sources:
+            users.setdefault(source, []).append(node_id)
+    length = dict.fromkeys(graph, 1)
+    ready = [node_id for node_id, sources in waiting.items() if not sources]
+    done = 0
+    while ready:
+        current = ready.pop()
+        done += 1
+        if length[current] > MAX_CHAIN:
+            raise WorkflowRefused(f"node {current} ends a chain of over {MAX_CHAIN} nodes", node_id=current)
+        for user in users.get(current, ()):
+            length[user] = max(length[user], length[current] + 1)
+            waiting[user].discard(current)
+            if not waiting[user]:
+                ready.append(user)
+    if done < len(graph):
+        on_cycle = min(node_id for node_id, sources in waiting.items() if sources)
+        raise WorkflowRefused(
+            f"node {on_cycle} ({graph[on_cycle]['class_type']}) depends on itself: the links form a cycle",
+            node_id=on_cycle,
+            class_type=graph[on_cycle]["class_type"],
+            reason="cycle",
+        )
