@@ -1,0 +1,78 @@
+"""The `comfyfleet` command: a table of commands, each in a module of its own that is imported when it runs.
+
+`comfyfleet --help` imports none of them, so it answers in a fraction of a second and needs only the bare install.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from comfyfleet import __version__
+from comfyfleet.wire.errors import FleetError
+
+# name -> (module, one line of help). The module has a click command named `command`.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "up": ("comfyfleet.cli.up", "Run everything on this machine: control plane, workers, engine."),
+    "demo": ("comfyfleet.cli.demo", "Send the documents' two requests through a fleet of one, and check the files."),
+    "run": ("comfyfleet.cli.run", "Execute a workflow in the embedded engine, with no servers."),
+    "control": ("comfyfleet.cli.control", "Run the control plane."),
+    "worker": ("comfyfleet.cli.worker", "Run one worker; --standalone is the plain API wrapper."),
+    "engine": ("comfyfleet.cli.engine", "Run the embedded engine, which speaks ComfyUI's protocol."),
+    "endpoint": ("comfyfleet.cli.endpoint", "List, create, change and delete endpoints."),
+    "workergroup": ("comfyfleet.cli.workergroup", "List, create, change and delete workergroups."),
+    "key": ("comfyfleet.cli.key", "Make, list and revoke API keys."),
+    "env": ("comfyfleet.cli.env", "Account variables given to every worker that starts."),
+    "jobs": ("comfyfleet.cli.jobs", "Submit, list, follow and cancel durable jobs."),
+    "template": ("comfyfleet.cli.template", "List templates and their hashes."),
+    "provision": ("comfyfleet.cli.provision", "Plan and download what a template needs."),
+    "bench-worker": ("comfyfleet.cli.bench_worker", "Run a worker's benchmark by hand."),
+    "clean": ("comfyfleet.cli.clean", "Free disk space by the worker's own rule."),
+    "simulate": ("comfyfleet.cli.simulate", "Drive router and autoscaler through a trace in virtual time."),
+    "fleet": ("comfyfleet.cli.fleet", "Nodes, workers and events of a fleet."),
+    "db": ("comfyfleet.cli.db", "Upgrade, check, export and import the control plane's database."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and help without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        try:
+            found = import_module(entry[0]).command
+        except ModuleNotFoundError as error:
+            package = (error.name or "").split(".")[0]
+            if package == "comfyfleet":
+                raise
+            raise click.ClickException(
+                f"`comfyfleet {cmd_name}` needs the package {package!r}: pip install 'comfyfleet[all]'"
+            ) from error
+        assert isinstance(found, click.Command)
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_line) for name, (_, help_line) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="comfyfleet")
+def command() -> None:
+    """An open, self-hostable serverless platform for ComfyUI workflows."""
+
+
+def main() -> None:
+    """Run the command line; a FleetError is one line on stderr and exit code 1, never a traceback."""
+    try:
+        command(prog_name="comfyfleet")
+    except FleetError as error:
+        click.echo(f"comfyfleet: {error.message}", err=True)
+        sys.exit(1)
