@@ -47,7 +47,7 @@ class LazyGroup(click.Group):
         if entry is None:
             return None
         try:
-            found = import_module(entry[0]).command
+            found: click.Command = import_module(entry[0]).command
         except ModuleNotFoundError as error:
             package = (error.name or "").split(".")[0]
             if package == "comfyfleet":
@@ -55,7 +55,6 @@ class LazyGroup(click.Group):
             raise click.ClickException(
                 f"`comfyfleet {cmd_name}` needs the package {package!r}: pip install 'comfyfleet[all]'"
             ) from error
-        assert isinstance(found, click.Command)
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
