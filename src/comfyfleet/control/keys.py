@@ -1,0 +1,143 @@
+"""Keys: the admin key, made keys, endpoint keys; and the master secret they hang on. Turns a key into a principal.
+
+Made keys are kept as SHA-256 digests. An endpoint's key is derived (HMAC of the master secret, endpoint id, key
+generation), because listings must show it; raising the generation revokes it. `Vault` encrypts what must outlive a
+restart (account variables, secrets inside jobs). All checks are synchronous, from memory.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from comfyfleet.clock import Clock
+from comfyfleet.control.auth import ADMIN, JOBS, READ, ROUTE, Principal
+from comfyfleet.control.catalog import Catalog
+from comfyfleet.control.records import ApiKey, Endpoint
+from comfyfleet.ids import Ids
+from comfyfleet.wire.errors import Unauthorized
+
+ADMIN_PREFIX = "cfa_"
+KEY_PREFIX = "cfk_"
+ENDPOINT_PREFIX = "cfe_"
+
+
+def digest(key: str) -> str:
+    """What is stored of a key."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def secret_file(path: Path, make: bytes) -> tuple[bytes, bool]:
+    """The secret in `path`, or `make` written there with mode 0600; True when it was made now.
+
+    Two processes that start at once agree on one secret: the file appears whole, by a link, or not at all.
+    """
+    if path.exists():
+        return path.read_bytes().strip(), False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(make + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            return path.read_bytes().strip(), False
+        return make, True
+    finally:
+        draft.unlink()
+
+
+class Vault:
+    """Encrypts text at rest (AES-256-GCM). `purpose` is bound in, so a sealed value cannot be moved elsewhere."""
+
+    def __init__(self, master: bytes) -> None:
+        self._cipher = AESGCM(hmac.new(master, b"comfyfleet at rest", hashlib.sha256).digest())
+
+    def seal(self, text: str, purpose: str) -> str:
+        nonce = os.urandom(12)
+        return base64.b64encode(nonce + self._cipher.encrypt(nonce, text.encode(), purpose.encode())).decode()
+
+    def open(self, sealed: str, purpose: str) -> str:
+        """Raises ValueError for a value sealed with another master secret or for another purpose."""
+        raw = base64.b64decode(sealed)
+        try:
+            return self._cipher.decrypt(raw[:12], raw[12:], purpose.encode()).decode()
+        except InvalidTag as error:
+            raise ValueError("sealed with another master secret or for another purpose") from error
+
+
+class Keyring:
+    """Every key this control plane knows."""
+
+    def __init__(
+        self, *, admin_key: str, master: bytes, catalog: Catalog, clock: Clock, keys: Iterable[ApiKey] = ()
+    ) -> None:
+        self._admin_digest = digest(admin_key)
+        self._master = master
+        self._catalog = catalog
+        self._clock = clock
+        self._by_digest: dict[str, ApiKey] = {key.digest: key for key in keys}
+        self._admin = Principal(scope="admin", scopes=frozenset({ADMIN}))
+
+    def principal(self, key: str) -> Principal:
+        """Who holds `key`. Raises Unauthorized for an unknown, expired or empty one."""
+        if not key:
+            raise Unauthorized("a key is needed")
+        if key.startswith(ENDPOINT_PREFIX):
+            return self._endpoint_principal(key)
+        given = digest(key)
+        if hmac.compare_digest(given, self._admin_digest):
+            return self._admin
+        known = self._by_digest.get(given)
+        if known is None:
+            raise Unauthorized("this key is not known")
+        if known.expires_at is not None and known.expires_at <= self._clock.now():
+            raise Unauthorized("this key has expired")
+        return Principal(
+            scope=f"key:{known.id}",
+            scopes=frozenset(known.scopes),
+            endpoint_ids=frozenset(known.endpoint_ids),
+            limits=known.limits,
+        )
+
+    def endpoint_key(self, endpoint: Endpoint) -> str:
+        """The key that listings show for an endpoint: good for its `/route/`, jobs and reading."""
+        message = f"endpoint key\n{endpoint.id}\n{endpoint.key_generation}".encode()
+        code = base64.urlsafe_b64encode(hmac.new(self._master, message, hashlib.sha256).digest()).decode().rstrip("=")
+        return f"{ENDPOINT_PREFIX}{endpoint.id}_{code}"
+
+    def put(self, key: ApiKey) -> None:
+        self._by_digest[key.digest] = key
+
+    def drop(self, key_id: str) -> None:
+        self._by_digest = {key.digest: key for key in self._by_digest.values() if key.id != key_id}
+
+    def keys(self) -> list[ApiKey]:
+        return sorted(self._by_digest.values(), key=lambda key: key.created_at)
+
+    def _endpoint_principal(self, key: str) -> Principal:
+        number, _, _ = key.removeprefix(ENDPOINT_PREFIX).partition("_")
+        endpoint = self._catalog.endpoint(int(number)) if number.isascii() and number.isdigit() else None
+        if endpoint is None or not hmac.compare_digest(self.endpoint_key(endpoint).encode(), key.encode()):
+            raise Unauthorized("this endpoint key is not valid")
+        return Principal(
+            scope=f"endpoint:{endpoint.id}",
+            scopes=frozenset({ROUTE, JOBS, READ}),
+            endpoint_ids=frozenset({endpoint.id}),
+        )
+
+
+def new_key(ids: Ids) -> str:
+    """A fresh key; shown once, kept as its digest."""
+    return ids.token(KEY_PREFIX)
