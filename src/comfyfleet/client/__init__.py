@@ -1,1 +1,22 @@
-"""What users import: `Serverless` (async) and `SyncServerless` (its blocking twin)."""
+"""What users import: `Serverless` (async) and `SyncServerless`, its blocking twin.
+
+Reading order: serverless, endpoint, attempts (what to do after each try), request, transport, discovery, blocking.
+"""
+
+from __future__ import annotations
+
+from comfyfleet.client.blocking import SyncEndpoint, SyncServerless
+from comfyfleet.client.endpoint import Endpoint, EndpointWorker
+from comfyfleet.client.request import RequestOutcome, RequestState, ServerlessRequest
+from comfyfleet.client.serverless import Serverless
+
+__all__ = [
+    "Endpoint",
+    "EndpointWorker",
+    "RequestOutcome",
+    "RequestState",
+    "Serverless",
+    "ServerlessRequest",
+    "SyncEndpoint",
+    "SyncServerless",
+]
