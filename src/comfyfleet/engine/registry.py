@@ -10,6 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
+
+
+class Interrupted(Exception):
+    """The run was stopped by its owner; raised by `NodeRun.progress` and between nodes."""
+
+
 # What a node function returns: its outputs in order, or, for an output node, what a client is shown as well.
 
 
@@ -37,7 +44,14 @@ class Folders(Protocol):
         ...
 
     def next_output(
-        self, prefix: str, extension: str, *, kind: str = "output", width: int = 0, height: int = 0
+        self,
+        prefix: str,
+        extension: str,
+        *,
+        kind: str = "output",
+        width: int = 0,
+        height: int = 0,
+        batch_number: int = 0,
     ) -> OutputName:
         """Reserve the next `<prefix>_00001_.<extension>` as ComfyUI names files; `kind` is "output" or "temp"."""
         ...
@@ -64,6 +78,7 @@ class NodeRun(Protocol):
     folders: Folders
     prompt: Mapping[str, Any]  # the validated API graph, for file metadata
     extra_pnginfo: Mapping[str, Any]
+    device: str  # where models compute: "cpu", "cuda:0"
 
     def progress(self, value: int, maximum: int, preview: Callable[[], Any] | None = None) -> None:
         """Tell a step; raises Interrupted when the run was stopped. `preview` makes a small IMAGE if one is wanted."""
@@ -74,25 +89,46 @@ class NodeRun(Protocol):
         ...
 
 
+class ModelFiles(msgspec.Struct, frozen=True, tag="model_files"):
+    """Options of an input that names a model file: `ModelFiles("vae")` lists what lies in that model folder now.
+
+    A loader's cached result is dropped when the file behind the name changes, and a run that used a miniature is
+    marked: both follow from this declaration, no node has to say so.
+    """
+
+    folder: str
+
+
+class InputFiles(msgspec.Struct, frozen=True, tag="input_files"):
+    """Options of an input that names a file in the input folder; `media` is "image", "audio", "video" or "latent".
+
+    Any existing file below the input folder passes, listed or not ("sub/name.png"); `refusal` is what is said of a
+    missing one. The file's digest joins the cache signature.
+    """
+
+    media: str
+    refusal: str = "Invalid file: {}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Input:
     """One input: `kind` is a link type ("MODEL"), a widget type ("INT", …) or "COMBO" with `options`.
 
-    `options` is a list, or a function of the folders for lists of files. `details` goes to object_info as it is
-    (min, max, step, round, multiline, tooltip …); `minimum`/`maximum` are checked.
+    `options` is a fixed list, or ModelFiles or InputFiles for lists of files. `details` goes to object_info as it is
+    (step, round, multiline, tooltip …); `minimum`/`maximum` are checked and shown as min and max.
     """
 
     kind: str
     required: bool = True
     default: Any = None
-    minimum: float | None = None
-    maximum: float | None = None
-    options: Sequence[Any] | Callable[[Folders], Sequence[Any]] | None = None
+    minimum: int | float | None = None
+    maximum: int | float | None = None
+    options: tuple[Any, ...] | ModelFiles | InputFiles | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def link(kind: str, *, required: bool = True) -> Input:
-    return Input(kind=kind, required=required)
+def link(kind: str, *, required: bool = True, **details: Any) -> Input:
+    return Input(kind=kind, required=required, details=details)
 
 
 def integer(
@@ -116,36 +152,51 @@ def boolean(default: bool = False, *, required: bool = True, **details: Any) -> 
 
 
 def choice(
-    options: Sequence[Any] | Callable[[Folders], Sequence[Any]],
+    options: Sequence[Any] | ModelFiles | InputFiles,
     *,
     default: Any = None,
     required: bool = True,
     **details: Any,
 ) -> Input:
-    return Input(kind="COMBO", required=required, default=default, options=options, details=details)
+    listed = options if isinstance(options, ModelFiles | InputFiles) else tuple(options)
+    return Input(kind="COMBO", required=required, default=default, options=listed, details=details)
 
 
 NodeFunction = Callable[..., "tuple[Any, ...] | Shown"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Node:
-    """A declared node. `outputs` are link types; `is_output` marks where a run may end.
+class Declaration:
+    """What is known of a node without its code: plain data, so a process without torch can check graphs.
 
-    `fingerprint(run_folders, **inputs)` joins the cache signature (LoadImage: the file's digest).
-    `check(folders, **inputs)` returns a reason to refuse, or None (ComfyUI's VALIDATE_INPUTS).
+    `outputs` are link types; `is_output` marks where a run may end; `hidden` are ComfyUI's hidden inputs as shown in
+    object_info (the metadata of a save node).
     """
 
     name: str
-    function: NodeFunction
     inputs: Mapping[str, Input]
     outputs: tuple[str, ...]
     output_names: tuple[str, ...]
     category: str
     display_name: str
+    description: str = ""
     is_output: bool = False
+    hidden: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A declared node and its function `f(run: NodeRun, *, <inputs by name>)`.
+
+    `fingerprint(folders, **inputs)` joins the cache signature, for results that depend on more than inputs and files.
+    """
+
+    declaration: Declaration
+    function: NodeFunction
     fingerprint: Callable[..., str] | None = None
-    check: Callable[..., str | None] | None = None
+
+
+METADATA = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"}
 
 
 class NodeRegistry:
@@ -163,10 +214,18 @@ class NodeRegistry:
     def names(self) -> list[str]:
         return sorted(self._nodes)
 
+    def declarations(self) -> dict[str, Declaration]:
+        return {name: self._nodes[name].declaration for name in self.names()}
+
     def add(self, node: Node) -> None:
-        if node.name in self._nodes:
-            raise ValueError(f"node {node.name} is declared twice")
-        self._nodes[node.name] = node
+        name = node.declaration.name
+        if name in self._nodes:
+            raise ValueError(f"node {name} is declared twice")
+        self._nodes[name] = node
+
+    def add_all(self, other: NodeRegistry) -> None:
+        for name in other.names():
+            self.add(other[name])
 
     def node(
         self,
@@ -177,27 +236,26 @@ class NodeRegistry:
         output_names: Sequence[str] = (),
         category: str = "",
         display_name: str = "",
+        description: str = "",
         is_output: bool = False,
+        hidden: Mapping[str, str] | None = None,
         fingerprint: Callable[..., str] | None = None,
-        check: Callable[..., str | None] | None = None,
     ) -> Callable[[NodeFunction], NodeFunction]:
         """Declare the decorated function `f(run: NodeRun, *, <inputs by name>)` as node `name`."""
+        declaration = Declaration(
+            name=name,
+            inputs=inputs,
+            outputs=tuple(outputs),
+            output_names=tuple(output_names) or tuple(outputs),
+            category=category,
+            display_name=display_name or name,
+            description=description,
+            is_output=is_output,
+            hidden=hidden or {},
+        )
 
         def declare(function: NodeFunction) -> NodeFunction:
-            self.add(
-                Node(
-                    name=name,
-                    function=function,
-                    inputs=inputs,
-                    outputs=tuple(outputs),
-                    output_names=tuple(output_names) or tuple(outputs),
-                    category=category,
-                    display_name=display_name or name,
-                    is_output=is_output,
-                    fingerprint=fingerprint,
-                    check=check,
-                )
-            )
+            self.add(Node(declaration=declaration, function=function, fingerprint=fingerprint))
             return function
 
         return declare
