@@ -10,6 +10,7 @@ FleetError
 ├── PayloadTooLarge 413
 ├── Unprocessable 422 · no retry can help
 │   ├── WorkflowRefused · a graph that cannot run, naming node and input
+│   ├── ModelFileUnusable · a truncated model file, a pickle, or another family
 │   ├── IdempotencyMismatch · the same id with another body
 │   └── JobFailed · the job ran and failed by its own fault
 ├── TooManyRequests 429
@@ -97,6 +98,12 @@ class WorkflowRefused(Unprocessable):
     """The workflow cannot run as it is; details name node_id, class_type and input."""
 
     code = "workflow_refused"
+
+
+class ModelFileUnusable(Unprocessable):
+    """A model file is truncated, a pickle, of another family, or lacks tensors; details name file and tensor."""
+
+    code = "model_file_unusable"
 
 
 class IdempotencyMismatch(Unprocessable):

@@ -1,0 +1,119 @@
+"""LoRA files: low-rank changes of a model's weights, read from the layouts people publish.
+
+W' = W + strength x (alpha / rank) x up down, where alpha is rank when the file names none (Hu et al. 2021). A file may
+also hold whole differences: `.diff` of a weight, `.diff_b` of a bias. Names: lightx2v's
+`diffusion_model.<module>.lora_down.weight`, PEFT's `lora_A/lora_B`, and for Stable Diffusion kohya's
+`lora_unet_<module with underscores>` and `lora_te_…`.
+
+On scaled-fp8 weights the pair stays apart (y += factor up(down(x))): exact, where merging would have to quantise again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from comfyfleet.engine.models.checkpoint import Checkpoint
+from comfyfleet.engine.models.layers import LowRank
+
+DOWN = (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", "_lora.down.weight", ".lora.down.weight")
+UP = (".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", "_lora.up.weight", ".lora.up.weight")
+ENDINGS = (*DOWN, *UP, ".alpha", ".diff", ".diff_b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A whole difference of a parameter, times `factor`."""
+
+    value: Tensor
+    factor: float
+
+
+Change = LowRank | Difference
+
+
+def delta(change: Change, like: Tensor) -> Tensor:
+    """What a change adds to a parameter, float32, of `like`'s shape and device."""
+    if isinstance(change, Difference):
+        return change.value.to(device=like.device, dtype=torch.float32).reshape(like.shape) * change.factor
+    up = change.up.to(device=like.device, dtype=torch.float32)
+    down = change.down.to(device=like.device, dtype=torch.float32)
+    return (up @ down).reshape(like.shape) * change.factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patches:
+    """The changes of a model's parameters, in the order they were asked for; `key` names them."""
+
+    changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
+    key: str = ""
+
+    def and_then(self, other: Patches) -> Patches:
+        merged = dict(self.changes)
+        for name, changes in other.changes.items():
+            merged[name] = (*merged.get(name, ()), *changes)
+        return Patches(changes=merged, key=self.key + other.key)
+
+    def of(self, name: str) -> tuple[Change, ...]:
+        return self.changes.get(name, ())
+
+    def apply(self, name: str, value: Tensor) -> Tensor:
+        """`value` (float32) with all its changes."""
+        for change in self.of(name):
+            value = value + delta(change, value)
+        return value
+
+
+NO_PATCHES = Patches()
+
+
+def read_lora(checkpoint: Checkpoint, names: Mapping[str, str], strength: float) -> Patches:
+    """The changes of one LoRA file for a model whose modules are `names`: LoRA's module name -> the model's own.
+
+    Modules of the file that are not in `names` belong to another model (a LoRA for model and text encoder) or to
+    another family; the caller decides what no match at all means.
+    """
+    changes: dict[str, tuple[Change, ...]] = {}
+    for module in sorted({_module(name) for name in checkpoint if name.endswith(ENDINGS)}):
+        target = names.get(module)
+        if target is None:
+            continue
+        down, up = _first(checkpoint, module, DOWN), _first(checkpoint, module, UP)
+        if down is not None and up is not None:
+            rank = down.shape[0]
+            alpha = checkpoint.tensor(f"{module}.alpha").item() if f"{module}.alpha" in checkpoint else rank
+            pair = LowRank(down=down.flatten(1), up=up.flatten(1), factor=strength * float(alpha) / rank)
+            changes[f"{target}.weight"] = (*changes.get(f"{target}.weight", ()), pair)
+        for ending, parameter in ((".diff", "weight"), (".diff_b", "bias")):
+            if f"{module}{ending}" in checkpoint:
+                whole = Difference(value=checkpoint.tensor(f"{module}{ending}"), factor=strength)
+                changes[f"{target}.{parameter}"] = (*changes.get(f"{target}.{parameter}", ()), whole)
+    return Patches(changes=changes, key=f"|{checkpoint.key}x{strength!r}" if changes else "")
+
+
+def module_names(parameters: Iterable[str], dotted: Iterable[str], underscored: Iterable[str]) -> dict[str, str]:
+    """Every name under which a LoRA file may speak of a model's modules -> the module's own name.
+
+    dotted: prefixes before the name as it is ("diffusion_model."); underscored: before the name with "_" for ".".
+    """
+    modules = {name.rpartition(".")[0] for name in parameters}
+    names = {f"{prefix}{module}": module for prefix in dotted for module in modules}
+    names |= {prefix + module.replace(".", "_"): module for prefix in underscored for module in modules}
+    return names
+
+
+def _module(name: str) -> str:
+    for ending in ENDINGS:
+        if name.endswith(ending):
+            return name[: -len(ending)]
+    return name
+
+
+def _first(checkpoint: Checkpoint, module: str, endings: tuple[str, ...]) -> Tensor | None:
+    for ending in endings:
+        if module + ending in checkpoint:
+            return checkpoint.tensor(module + ending)
+    return None
