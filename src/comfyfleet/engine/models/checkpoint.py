@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,9 @@ from torch import Tensor
 from comfyfleet.wire.errors import ModelFileUnusable
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+# A zip (torch.save), or pickle's PROTO opcode followed by an opcode that pickles begin with.
+PICKLE_BEGINS = re.compile(rb"PK\x03\x04|\x80[\x02-\x05][\x8a\x95}\](c]")
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -155,7 +159,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def _what_else(beginning: bytes) -> str:
     """What a file is whose first eight bytes are no header length."""
-    if beginning[:1] == b"\x80" and any(beginning[4:]) or beginning[:4] == b"PK\x03\x04":
+    if PICKLE_BEGINS.match(beginning):
         return "is a pickle (.ckpt, .pt), which can run code when opened; use the .safetensors version of this model"
     if beginning[:4] == b"GGUF":
         return "is a GGUF file; use the .safetensors version of this model"
