@@ -75,6 +75,7 @@ class Denoiser(Protocol):
 
     key: str
     size_bytes: int
+    device: str  # where `forward` expects its tensors: "cpu", "cuda:0", …; the sampler moves noise and prompts there
 
     def forward(self, x: Tensor, timestep: Tensor, conditioning: ConditioningEntry) -> Tensor:
         """x: latents in the network's scale, (B, …). timestep: (B,) as the network wants it (flow: 1000 sigma).

@@ -1,0 +1,131 @@
+"""One sampler run: scale in, walk the sigmas, scale out.
+
+Knows models by their values only (`DiffusionModel`); which sigmas to walk is decided before (`schedules.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from comfyfleet.engine.sampling.guidance import Guide
+from comfyfleet.engine.sampling.noise import initial_noise
+from comfyfleet.engine.sampling.run import Denoise, SamplerRun
+from comfyfleet.engine.sampling.samplers import SAMPLERS
+from comfyfleet.engine.values import Conditioning, ConditioningEntry, DiffusionModel
+
+# (step from 0, steps in all, x0 in the network's scale, x); raises to stop the run between steps
+StepCallback = Callable[[int, int, Tensor, Tensor], None]
+
+
+@torch.no_grad()
+def sample(
+    model: DiffusionModel,
+    *,
+    noise: Tensor,
+    latent: Tensor,
+    positive: Conditioning,
+    negative: Conditioning,
+    cfg: float,
+    sampler_name: str,
+    sigmas: Tensor,
+    seed: int,
+    callback: StepCallback | None = None,
+    noise_mask: Tensor | None = None,
+) -> Tensor:
+    """The denoised latent, in the VAE's scale, float32 on the CPU.
+
+    noise, latent: (B, …) on the CPU, unit noise and VAE scale. sigmas: (n + 1,) from `schedule` or `cut`; empty means
+    nothing to do. noise_mask: 1 where the latent may change. Flow: enters as sigma noise + (1 - sigma) latent, leaves
+    divided by 1 - sigma_last; epsilon: enters as latent + noise x sigma, x sqrt(1 + sigma^2) at the largest sigma.
+    """
+    if len(sigmas) < 2:
+        return latent
+    device = torch.device(model.network.device)
+    noise = noise.to(device=device, dtype=torch.float32)
+    latent = latent.to(torch.float32)
+    if torch.count_nonzero(latent) > 0:  # an empty latent stays zero: it is no picture, so it has no scale
+        latent = model.latent_format.to_network(latent)
+    latent = latent.to(device)
+
+    is_flow = model.prediction == "flow"
+    guide = Guide(model, positive=_on(device, positive), negative=_on(device, negative), scale=cfg, noise=noise)
+    denoise: Denoise = guide
+    denoise_pair = guide.pair
+    if noise_mask is not None:
+        mask = _mask_like(noise_mask.to(device), noise)
+        masked_noise = initial_noise(noise, seed + 1).to(device) if sampler_name == "ddim" else noise
+
+        def shown(x: Tensor, sigma: Tensor) -> Tensor:
+            kept = _noised(masked_noise, latent, sigma, is_flow=is_flow)
+            return x * mask + kept * (1.0 - mask)
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            return guide(shown(x, sigma), sigma) * mask + latent * (1.0 - mask)
+
+        def denoise_pair(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+            guided, negative_x0 = guide.pair(shown(x, sigma), sigma)
+            return guided * mask + latent * (1.0 - mask), negative_x0
+
+    steps = len(sigmas) - 1
+
+    def on_step(step: int, x: Tensor, x0: Tensor) -> None:
+        if callback is not None:
+            callback(step, steps, x0, x)
+
+    run = SamplerRun(
+        denoise=denoise,
+        denoise_pair=denoise_pair,
+        sigmas=sigmas.to(device="cpu", dtype=torch.float32),
+        table=model.sigmas,
+        is_flow=is_flow,
+        seed=seed,
+        on_step=on_step,
+    )
+    largest = float(model.sigmas.sigmas[-1])
+    is_from_pure_noise = math.isclose(largest, float(sigmas[0]), rel_tol=1e-5) or float(sigmas[0]) > largest
+    try:
+        x = _noised(noise, latent, run.sigmas[0], is_flow=is_flow, is_from_pure_noise=is_from_pure_noise)
+        x = SAMPLERS[sampler_name](run, x)
+    finally:
+        model.network.end_of_run()
+    if is_flow:
+        x = x / (1.0 - run.sigmas[-1])
+    return model.latent_format.from_network(x.to(device="cpu", dtype=torch.float32))
+
+
+def _noised(noise: Tensor, latent: Tensor, sigma: Tensor, *, is_flow: bool, is_from_pure_noise: bool = False) -> Tensor:
+    """The latent at noise level sigma."""
+    if is_flow:
+        return sigma * noise + (1.0 - sigma) * latent
+    # At the largest sigma the picture's own variance, 1, is made up for.
+    return noise * (torch.sqrt(1.0 + sigma**2.0) if is_from_pure_noise else sigma) + latent
+
+
+def _mask_like(mask: Tensor, latent: Tensor) -> Tensor:
+    """A mask (…, H, W) brought to the latent's shape: interpolated over space (and time), repeated over channels."""
+    size = latent.shape[2:]
+    if len(size) == 3:
+        volume = mask if mask.dim() == 5 else mask.reshape(1, 1, -1, *mask.shape[-2:])
+        mask = functional.interpolate(volume, size=size, mode="trilinear")
+    else:
+        mask = functional.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size=size, mode="bilinear")
+    repeats = -(-latent.shape[0] // mask.shape[0])
+    mask = mask.repeat(repeats, *[1] * (mask.dim() - 1))[: latent.shape[0]]
+    return mask.expand(-1, latent.shape[1], *size) if mask.shape[1] == 1 else mask[:, : latent.shape[1]]
+
+
+def _on(device: torch.device, conditioning: Conditioning) -> Conditioning:
+    return tuple(
+        ConditioningEntry(
+            embedding=entry.embedding.to(device),
+            pooled=None if entry.pooled is None else entry.pooled.to(device),
+            lyric_ids=None if entry.lyric_ids is None else entry.lyric_ids.to(device),
+            lyrics_strength=entry.lyrics_strength,
+        )
+        for entry in conditioning
+    )
