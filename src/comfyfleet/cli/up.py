@@ -1,0 +1,203 @@
+"""`comfyfleet up`: the whole system on this machine, until Ctrl-C.
+
+Makes, once, in the data directory: an admin key (by the control plane), the endpoint `comfyui-json` with its workergroup,
+and client.toml. Then it prints where things are, and how the first worker is getting on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.abc
+import click
+
+from comfyfleet import logs
+from comfyfleet.cli.up_installation import end_processes, held_lock, owned_processes, write_client_file
+from comfyfleet.cli.up_supervisor import ControlPlaneSupervisor, become_subreaper, bind
+from comfyfleet.client import Serverless
+from comfyfleet.settings.client import config_file
+from comfyfleet.settings.machine import OWNER_VARIABLE, default_data_dir
+from comfyfleet.wire.errors import FleetError, Unavailable
+
+ENDPOINT = "comfyui-json"
+START_LIMIT_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpOptions:
+    data_dir: Path
+    host: str
+    port: int
+    max_workers: int
+    template: str
+    link: Path | None
+
+
+@click.command()
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Where everything is kept.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address of the control plane.")
+@click.option("--port", default=8080, show_default=True, help="Port of the control plane; 0 takes a free one.")
+@click.option("--max-workers", default=0, help="At most so many workers; 0 is one per GPU, or one.")
+@click.option("--template", default="local", show_default=True, help="Template of the first workergroup.")
+@click.option("--no-link", is_flag=True, help="Do not link client.toml into the user's configuration folder.")
+def command(data_dir: Path | None, host: str, port: int, max_workers: int, template: str, no_link: bool) -> None:
+    """Run everything on this machine: control plane, workers, engine. Ctrl-C stops all of it."""
+    logs.configure()
+    options = UpOptions(
+        data_dir=(data_dir or default_data_dir(os.environ)).resolve(),
+        host=host,
+        port=port,
+        max_workers=max_workers or gpu_count(),
+        template=template,
+        link=None if no_link else config_file(os.environ),
+    )
+    sys.exit(anyio.run(_up, options, backend_options={"use_uvloop": True}))
+
+
+def gpu_count() -> int:
+    """GPUs of this machine, at least 1: without one, the CPU serves."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return max(1, int(pynvml.nvmlDeviceGetCount()))
+    except Exception:  # no driver, no library, no GPU: each is told by another class of exception
+        return 1
+
+
+async def _up(options: UpOptions) -> int:
+    listener = bind(options.host, options.port)
+    url = f"http://{options.host}:{listener.getsockname()[1]}"
+    with listener, held_lock(options.data_dir, url):
+        if orphans := owned_processes(options.data_dir):
+            click.echo(f"ending {len(orphans)} processes that a killed run left behind")
+            await anyio.to_thread.run_sync(lambda: end_processes(orphans, grace_s=5.0))
+        become_subreaper()
+        supervisor = ControlPlaneSupervisor(
+            arguments=[
+                "--data-dir",
+                str(options.data_dir),
+                "--fleet",
+                "local",
+                "--max-workers",
+                str(options.max_workers),
+            ],  # fmt: skip
+            environment={**os.environ, OWNER_VARIABLE: str(options.data_dir)},
+            log_path=options.data_dir / "control.log",
+        )
+        failure: FleetError | None = None
+        try:
+            async with anyio.create_task_group() as running:
+                running.start_soon(_stop_on_signal, running.cancel_scope, name="signals")
+                running.start_soon(supervisor.run, listener, name="control plane")
+                await _set_up(options, url)
+                running.start_soon(_tell_first_worker, url, options.data_dir, name="first worker")
+        except* FleetError as errors:
+            failure = _first(errors)
+        finally:
+            with anyio.CancelScope(shield=True):
+                click.echo("stopping")
+                await supervisor.stop()
+                click.echo("stopped")
+        if failure is not None:
+            raise failure
+    return 0
+
+
+def _first(group: BaseExceptionGroup[FleetError]) -> FleetError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, FleetError)  # noqa: S101 - the group was split by this type
+    return error
+
+
+async def _stop_on_signal(scope: anyio.CancelScope) -> None:
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        async for _ in signals:
+            scope.cancel()
+            return
+
+
+async def _set_up(options: UpOptions, url: str) -> None:
+    """Wait for the control plane; make endpoint and workergroup the first time; write client.toml; print it all."""
+    api_key = await _admin_key(options.data_dir / "admin.key")
+    async with Serverless(api_key, url=url) as client:
+        await _until_healthy(client)
+        made = options.data_dir / "up.made"
+        if not made.exists():
+            await _make_endpoint(client, options)
+            made.touch()
+    client_file = write_client_file(options.data_dir, url=url, api_key=api_key, link=options.link)
+    click.echo(
+        f"comfyfleet is up\n"
+        f"  control plane  {url}   (API: {url}/docs)\n"
+        f"  endpoint       {ENDPOINT}\n"
+        f"  worker         http://127.0.0.1:18288/docs   (the first one's API wrapper)\n"
+        f"  data           {options.data_dir}\n"
+        f"  client file    {client_file}"
+    )
+    if sys.stdout.isatty():
+        click.echo(f"  admin key      {api_key}")
+    click.echo("Ctrl-C stops everything.", nl=True)
+
+
+async def _admin_key(path: Path) -> str:
+    with anyio.move_on_after(START_LIMIT_S):
+        while True:
+            if path.exists() and (key := path.read_text(encoding="utf-8").strip()):
+                return key
+            await anyio.sleep(0.05)
+    raise Unavailable(f"the control plane made no admin key in {START_LIMIT_S:g} s; see {path.parent / 'control.log'}")
+
+
+async def _until_healthy(client: Serverless) -> None:
+    with anyio.move_on_after(START_LIMIT_S):
+        while True:
+            try:
+                await client.get("/health")
+            except FleetError:
+                await anyio.sleep(0.1)
+            else:
+                return
+    raise Unavailable(f"the control plane at {client.url} did not become healthy in {START_LIMIT_S:g} s")
+
+
+async def _make_endpoint(client: Serverless, options: UpOptions) -> None:
+    if any(endpoint.name == ENDPOINT for endpoint in await client.get_endpoints()):
+        return
+    answer: dict[str, Any] = await client.post(
+        "/api/v0/endptjobs/",
+        {
+            "endpoint_name": ENDPOINT,
+            "min_load": 1.0,
+            "cold_workers": 1,
+            "max_workers": options.max_workers,
+        },
+    )
+    await client.post("/api/v0/workergroups/", {"endpoint_id": answer["result"], "template_hash": options.template})
+
+
+async def _tell_first_worker(url: str, data_dir: Path) -> None:
+    """Print each change of the workers' state until one is ready."""
+    api_key = (data_dir / "admin.key").read_text(encoding="utf-8").strip()
+    began = anyio.current_time()
+    last = ""
+    async with Serverless(api_key, url=url) as client:
+        endpoint = await client.get_endpoint(ENDPOINT)
+        while True:
+            workers = await endpoint.get_workers()
+            now = ", ".join(f"worker {w.id}: {w.status}{f' ({w.reason})' if w.reason else ''}" for w in workers)
+            if now != last:
+                click.echo(f"  [{anyio.current_time() - began:5.1f} s] {now or 'no worker yet'}")
+                last = now
+            if any(worker.status == "idle" for worker in workers):
+                click.echo("ready")
+                return
+            await anyio.sleep(0.25)

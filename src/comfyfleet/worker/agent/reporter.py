@@ -1,0 +1,104 @@
+"""Tell the control plane, again and again: who this worker is, how loaded, how fast, and what ended.
+
+A report that is not taken is repeated with the next state; sums are kept until one arrives. The control plane may be
+away for hours: this loop never gives up and never stops the worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import aiohttp
+import anyio
+import msgspec
+import structlog
+
+from comfyfleet.clock import Clock
+from comfyfleet.wire.workers import FinishedRequests, WorkerStatusReport
+from comfyfleet.worker.agent.load_book import LoadBook, LoadSums
+
+log = structlog.get_logger()
+
+TICK_S = 1.0
+QUIET_S = 10.0
+TIMEOUT = aiohttp.ClientTimeout(total=10.0)
+
+
+def is_due(*, is_changed: bool, since_last_s: float, is_loaded: bool) -> bool:
+    """Busy: each second. Idle or loading without news: each ten."""
+    return is_changed or since_last_s >= QUIET_S or (not is_loaded and since_last_s >= QUIET_S)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportTarget:
+    """Where reports go and who sends them. mtoken is the worker's secret; it is in the body, as the protocol has it."""
+
+    report_urls: tuple[str, ...]
+    worker_id: int
+    mtoken: str
+
+
+class Reporter:
+    """`run` is the loop; `wake` makes the next report immediate."""
+
+    def __init__(
+        self,
+        target: ReportTarget,
+        *,
+        book: LoadBook,
+        describe: Callable[[LoadSums], WorkerStatusReport],
+        session: aiohttp.ClientSession,
+        clock: Clock,
+    ) -> None:
+        self._target = target
+        self._book = book
+        self._describe = describe
+        self._session = session
+        self._clock = clock
+        self._wake = anyio.Event()
+        self._last_sent: WorkerStatusReport | None = None
+        self._last_at = float("-inf")
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    async def run(self) -> None:
+        while True:
+            await self.report_once()
+            with anyio.move_on_after(TICK_S):
+                await self._wake.wait()
+            self._wake = anyio.Event()
+
+    async def report_once(self) -> None:
+        """Send what is due: a status, and finished requests."""
+        sums = self._book.draft()
+        report = self._describe(sums)
+        now = self._clock.monotonic()
+        if is_due(
+            is_changed=report != self._last_sent, since_last_s=now - self._last_at, is_loaded=report.loadtime > 0
+        ) and await self._post("/worker_status/", report):
+            self._book.delivered(sums)
+            # Delivered sums are zero in the next draft: compare with what an unchanged state would look like.
+            self._last_sent = msgspec.structs.replace(report, new_load=0.0, rej_load=0.0, cur_perf=0.0)
+            self._last_at = now
+        finished = self._book.unreported()
+        if finished:
+            body = FinishedRequests(worker_id=self._target.worker_id, mtoken=self._target.mtoken, requests=finished)
+            if await self._post("/delete_requests/", body):
+                self._book.reported(finished)
+
+    async def _post(self, path: str, body: msgspec.Struct) -> bool:
+        """True when any control plane took it; tries each address once."""
+        encoded = msgspec.json.encode(body)
+        for base in self._target.report_urls:
+            try:
+                async with self._session.post(
+                    f"{base}{path}", data=encoded, headers={"Content-Type": "application/json"}, timeout=TIMEOUT
+                ) as answer:
+                    if answer.status // 100 == 2:
+                        return True
+                    log.warning("report.refused", path=path, status=answer.status)
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                log.debug("report.failed", path=path, why=str(error) or type(error).__name__)
+        return False
