@@ -11,6 +11,7 @@ from importlib import import_module
 import click
 
 from comfyfleet import __version__
+from comfyfleet.cli.lifeline import hold_lifeline
 from comfyfleet.wire.errors import FleetError
 
 # name -> (module, one line of help). The module has a click command named `command`.
@@ -70,6 +71,7 @@ def command() -> None:
 
 def main() -> None:
     """Run the command line; a FleetError is one line on stderr and exit code 1, never a traceback."""
+    hold_lifeline()
     try:
         command(prog_name="comfyfleet")
     except FleetError as error:

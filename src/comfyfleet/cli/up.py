@@ -1,7 +1,7 @@
 """`comfyfleet up`: the whole system on this machine, until Ctrl-C.
 
-Makes, once, in the data directory: an admin key (by the control plane), the endpoint `comfyui-json` with its workergroup,
-and client.toml. Then it prints where things are, and how the first worker is getting on.
+Makes, once, in the data directory: an admin key (by the control plane), the endpoint `comfyui-json` with its
+workergroup, and client.toml. Then it prints where things are, and how the first worker is getting on.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ async def _up(options: UpOptions) -> int:
                 "local",
                 "--max-workers",
                 str(options.max_workers),
-            ],  # fmt: skip
+            ],
             environment={**os.environ, OWNER_VARIABLE: str(options.data_dir)},
             log_path=options.data_dir / "control.log",
         )
@@ -145,7 +145,7 @@ async def _set_up(options: UpOptions, url: str) -> None:
     )
     if sys.stdout.isatty():
         click.echo(f"  admin key      {api_key}")
-    click.echo("Ctrl-C stops everything.", nl=True)
+    click.echo("Ctrl-C stops everything.")
 
 
 async def _admin_key(path: Path) -> str:

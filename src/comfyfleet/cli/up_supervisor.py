@@ -10,16 +10,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import anyio
+import anyio.abc
 import psutil
 import structlog
 
+from comfyfleet.cli.lifeline import LIFELINE_VARIABLE
 from comfyfleet.cli.up_installation import end_processes
 from comfyfleet.ids import SystemIds
 from comfyfleet.retry import Backoff
@@ -27,7 +28,6 @@ from comfyfleet.wire.errors import FleetError
 
 log = structlog.get_logger()
 
-_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 RESTART = Backoff(first_s=0.2, factor=2.0, cap_s=10.0, attempts=8)
 HEALTHY_AFTER_S = 30.0
@@ -66,11 +66,6 @@ def become_subreaper() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-
-
 class ControlPlaneSupervisor:
     """Runs `comfyfleet control` as a child on an inherited socket."""
 
@@ -92,9 +87,8 @@ class ControlPlaneSupervisor:
                     stdin=subprocess.DEVNULL,
                     stdout=log_file,
                     stderr=log_file,
-                    env=self._environment,
+                    env={**self._environment, LIFELINE_VARIABLE: str(os.getpid())},
                     pass_fds=(listener.fileno(),),
-                    preexec_fn=_die_with_parent,
                 )
             code = await self.process.wait()
             self._reap_adopted()
