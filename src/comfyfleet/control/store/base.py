@@ -1,0 +1,177 @@
+"""The store's contract. One rule for every implementation, checked by `tests/contract/test_store.py`.
+
+**Durability.** When a method that changes something returns, the change survives kill -9 and loss of power.
+**Leases.** A waiting job is leased by one guarded update (status still `queued`), which writes a token and an expiry
+into the row. Every later change by the holder is guarded by that token: no row changed means the lease was lost, and
+the caller drops what it had. An expired lease is still the holder's until somebody takes it; `take_over` and `requeue`
+change the token, so there is never more than one holder.
+**Isolation.** A method is one transaction; no I/O of the caller's happens inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from comfyfleet.control.jobs import Job, JobEvent, JobFilter, JobHead, Lease, Waiting
+from comfyfleet.control.records import (
+    AccountVariable,
+    ApiKey,
+    DecisionRow,
+    Endpoint,
+    LogRow,
+    Template,
+    UsageRow,
+    Workergroup,
+    WorkerRow,
+)
+from comfyfleet.wire.jobs import JobStatus
+
+Record = Endpoint | Workergroup | Template | ApiKey | AccountVariable | WorkerRow
+R = TypeVar("R", Endpoint, Workergroup, Template, ApiKey, AccountVariable, WorkerRow)
+
+
+class NameTaken(Exception):
+    """Another living record of that kind has the name."""
+
+
+class Added(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a submitted job: `job` is the stored one, an earlier one with the same key if `is_repeat`."""
+
+    job: Job
+    is_repeat: bool
+
+
+class UsageSum(msgspec.Struct, frozen=True, kw_only=True):
+    """The ledger summed over one kind."""
+
+    endpoint_id: int
+    scope: str
+    kind: str
+    seconds: float
+    price: float
+
+
+class Store(Protocol):
+    """Everything the control plane remembers."""
+
+    async def close(self) -> None: ...
+
+    # --- records -------------------------------------------------------------------------------------------------
+    async def all(self, kind: type[R]) -> list[R]:
+        """Every record of a kind, by id."""
+        ...
+
+    async def put(self, record: Record) -> None:
+        """Insert or replace. Raises NameTaken for an endpoint whose name another living one has."""
+        ...
+
+    async def drop(self, kind: type[Record], record_id: int | str) -> None:
+        """Remove; nothing happens if it is not there."""
+        ...
+
+    async def reserve(self, counter: str, count: int = 1) -> int:
+        """The first of `count` numbers nobody else gets; a counter starts at 1 and never goes back."""
+        ...
+
+    # --- what happened -------------------------------------------------------------------------------------------
+    async def add_decision(self, decision: DecisionRow) -> None: ...
+
+    async def decisions(self, endpoint_id: int, *, limit: int = 100, before_id: int | None = None) -> list[DecisionRow]:
+        """Newest first."""
+        ...
+
+    async def add_logs(self, lines: Sequence[LogRow]) -> None: ...
+
+    async def logs(self, *, endpoint_id: int | None, workergroup_id: int | None, tail: int) -> list[LogRow]:
+        """The newest `tail` lines, oldest of them first."""
+        ...
+
+    async def add_usage(self, rows: Sequence[UsageRow]) -> None: ...
+
+    async def usage(self, *, since: float, until: float, scope: str | None = None) -> list[UsageSum]:
+        """Sums of what began in [since, until)."""
+        ...
+
+    # --- durable jobs --------------------------------------------------------------------------------------------
+    async def add_jobs(self, jobs: Sequence[Job]) -> list[Added]:
+        """Store new jobs, all or none; one whose (scope, idempotency_key) is known is not stored again."""
+        ...
+
+    async def job(self, job_id: str) -> Job | None: ...
+
+    async def jobs(self, wanted: JobFilter) -> list[Job]:
+        """Newest first, without `input`."""
+        ...
+
+    async def waiting(self) -> list[Waiting]:
+        """What waits, per endpoint and scope."""
+        ...
+
+    async def position(self, job: Job) -> int:
+        """How many waiting jobs of the same endpoint and scope go before it."""
+        ...
+
+    async def head(self, endpoint_id: int, scope: str, now: float) -> JobHead | None:
+        """The next job of a scope: smallest rank among those whose `not_before` has come."""
+        ...
+
+    async def lease(self, lease: Lease) -> Job | None:
+        """Lease a waiting job; None if it is not waiting any more."""
+        ...
+
+    async def leased(self) -> list[Job]:
+        """Every job that some worker has, expired or not."""
+        ...
+
+    async def take_over(self, job_id: str, *, old_token: str, token: str, expires_at: float) -> bool:
+        """Change the holder's token, the worker stays: what a restarted control plane does."""
+        ...
+
+    async def renew(self, job_id: str, *, token: str, expires_at: float) -> bool: ...
+
+    async def start(self, job_id: str, *, token: str, now: float) -> bool:
+        """LEASED to RUNNING; True also if it runs already."""
+        ...
+
+    async def finish(
+        self, job_id: str, *, token: str, status: JobStatus, result: str | None, error: str | None, now: float
+    ) -> bool:
+        """To a final status, with its event. False: the lease was lost, drop the result."""
+        ...
+
+    async def requeue(
+        self, job_id: str, *, token: str, lost_worker: int | None, not_before: float, reason: str, now: float
+    ) -> bool:
+        """Back to waiting, with its event. lost_worker: remembered as one that did not bring it back."""
+        ...
+
+    async def cancel(self, job_id: str, now: float) -> Job | None:
+        """A waiting job becomes cancelled; a leased one is marked, and its holder ends it. None: no such job."""
+        ...
+
+    async def fail_waiting(self, job_id: str, *, error: str, now: float) -> bool:
+        """Fail a job that no worker has (deadline, endpoint gone)."""
+        ...
+
+    async def overdue(self, now: float) -> list[str]:
+        """Ids of waiting jobs past their deadline, at most 1000."""
+        ...
+
+    async def add_event(self, job_id: str, *, kind: str, data: str, now: float) -> JobEvent: ...
+
+    async def events(self, job_id: str, after: int = 0) -> list[JobEvent]:
+        """Events with a larger seq, in order; `queued` (seq 1) included."""
+        ...
+
+    async def undelivered(self) -> list[str]:
+        """Ids of final jobs whose webhook has not been handed over yet."""
+        ...
+
+    async def mark_delivered(self, job_id: str) -> None: ...
+
+    async def prune(self, finished_before: float) -> int:
+        """Remove final jobs and their events older than that; how many."""
+        ...

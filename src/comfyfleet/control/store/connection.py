@@ -1,0 +1,42 @@
+"""One database connection, reduced to what the store needs. Used by one thread at a time.
+
+Statements carry named parameters (`:name`); both databases get the same text from `sql`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+Params = Mapping[str, Any]
+Row = tuple[Any, ...]
+
+
+class ConnectionLost(Exception):
+    """The database went away; what was in flight was not committed as far as we know."""
+
+
+class Connection(Protocol):
+    """Two implementations: `sqlite.SqliteConnection` and `postgres.PostgresConnection`."""
+
+    def rows(self, statement: str, params: Params) -> list[Row]:
+        """Run and fetch all."""
+        ...
+
+    def change(self, statement: str, params: Params) -> int:
+        """Run; how many rows changed."""
+        ...
+
+    def change_many(self, statement: str, params: Sequence[Params]) -> None: ...
+
+    def begin(self) -> None: ...
+
+    def begin_exclusive(self) -> None:
+        """A transaction that no other process shares: for migrations."""
+        ...
+
+    def commit(self) -> None: ...
+
+    def rollback(self) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,212 @@
+"""The durable jobs' half of the store: every method one transaction over `sql`. See `base` for the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from comfyfleet.control.jobs import Job, JobEvent, JobFilter, JobHead, Lease, Waiting
+from comfyfleet.control.store import sql
+from comfyfleet.control.store.base import Added
+from comfyfleet.control.store.connection import Connection, Row
+from comfyfleet.control.store.writer import Database
+from comfyfleet.wire.jobs import JobStatus
+
+_FOREVER = 1e18
+
+
+def _job(row: Row) -> Job:
+    values: dict[str, Any] = dict(zip(sql.JOB_COLUMNS, row, strict=True))
+    values["status"] = JobStatus(values["status"])
+    return Job(**values)
+
+
+def _event(connection: Connection, job_id: str, kind: str, data: str, now: float) -> JobEvent:
+    rows = connection.rows(sql.ADD_EVENT, {"job_id": job_id, "at": now, "kind": kind, "data": data})
+    return JobEvent(job_id=job_id, seq=rows[0][0], at=now, kind=kind, data=data)
+
+
+def _json(**values: Any) -> str:
+    return msgspec.json.encode(values).decode()
+
+
+class JobTable:
+    """Durable jobs over a database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def add_jobs(self, jobs: Sequence[Job]) -> list[Added]:
+        params = [{name: getattr(job, name) for name in sql.JOB_COLUMNS} for job in jobs]
+
+        def work(connection: Connection) -> list[Added]:
+            added = []
+            for job, values in zip(jobs, params, strict=True):
+                if connection.change(sql.ADD_JOB, values):
+                    added.append(Added(job=job, is_repeat=False))
+                    continue
+                known = connection.rows(sql.JOB_BY_KEY, {"scope": job.scope, "idempotency_key": job.idempotency_key})
+                added.append(Added(job=_job(known[0]), is_repeat=True))
+            return added
+
+        return await self._database.write(work)
+
+    async def job(self, job_id: str) -> Job | None:
+        rows = await self._database.read(lambda connection: connection.rows(sql.JOB_BY_ID, {"id": job_id}))
+        return _job(rows[0]) if rows else None
+
+    async def jobs(self, wanted: JobFilter) -> list[Job]:
+        before_at, before_id = wanted.before or (_FOREVER, "")
+        params = {
+            "any_scope": int(wanted.scope is None),
+            "scope": wanted.scope or "",
+            "any_endpoint": int(wanted.endpoint_id is None),
+            "endpoint_id": wanted.endpoint_id or 0,
+            "any_status": int(wanted.status is None),
+            "status": wanted.status or "",
+            "before_at": before_at,
+            "before_id": before_id,
+            "limit": wanted.limit,
+        }
+        return [
+            _job(row) for row in await self._database.read(lambda connection: connection.rows(sql.LIST_JOBS, params))
+        ]
+
+    async def waiting(self) -> list[Waiting]:
+        rows = await self._database.read(lambda connection: connection.rows(sql.WAITING, {}))
+        return [
+            Waiting(endpoint_id=endpoint_id, scope=scope, jobs=count, cost=cost, oldest_at=oldest)
+            for endpoint_id, scope, count, cost, oldest in rows
+        ]
+
+    async def position(self, job: Job) -> int:
+        params = {"endpoint_id": job.endpoint_id, "scope": job.scope, "rank": job.rank, "id": job.id}
+        rows = await self._database.read(lambda connection: connection.rows(sql.POSITION, params))
+        return int(rows[0][0])
+
+    async def head(self, endpoint_id: int, scope: str, now: float) -> JobHead | None:
+        params = {"endpoint_id": endpoint_id, "scope": scope, "now": now}
+        rows = await self._database.read(lambda connection: connection.rows(sql.HEAD, params))
+        return JobHead(**dict(zip(sql.HEAD_COLUMNS, rows[0], strict=True))) if rows else None
+
+    async def lease(self, lease: Lease) -> Job | None:
+        def work(connection: Connection) -> Job | None:
+            rows = connection.rows(sql.LEASE, msgspec.structs.asdict(lease))
+            if not rows:
+                return None
+            data = _json(worker_id=lease.worker_id, attempt=_job(rows[0]).attempts)
+            _event(connection, lease.job_id, "leased", data, lease.leased_at)
+            return _job(rows[0])
+
+        return await self._database.write(work)
+
+    async def leased(self) -> list[Job]:
+        return [_job(row) for row in await self._database.read(lambda connection: connection.rows(sql.LEASED, {}))]
+
+    async def take_over(self, job_id: str, *, old_token: str, token: str, expires_at: float) -> bool:
+        params = {"id": job_id, "old_token": old_token, "token": token, "expires_at": expires_at}
+        return await self._database.write(lambda connection: connection.change(sql.TAKE_OVER, params) == 1)
+
+    async def renew(self, job_id: str, *, token: str, expires_at: float) -> bool:
+        params = {"id": job_id, "token": token, "expires_at": expires_at}
+        return await self._database.write(lambda connection: connection.change(sql.RENEW, params) == 1)
+
+    async def start(self, job_id: str, *, token: str, now: float) -> bool:
+        def work(connection: Connection) -> bool:
+            if connection.change(sql.START, {"id": job_id, "token": token, "now": now}) != 1:
+                return False
+            _event(connection, job_id, "running", "{}", now)
+            return True
+
+        return await self._database.write(work)
+
+    async def finish(
+        self, job_id: str, *, token: str, status: JobStatus, result: str | None, error: str | None, now: float
+    ) -> bool:
+        params = {"id": job_id, "token": token, "status": str(status), "result": result, "error": error, "now": now}
+
+        def work(connection: Connection) -> bool:
+            if connection.change(sql.FINISH, params) != 1:
+                return False
+            _event(connection, job_id, str(status), error or "{}", now)
+            return True
+
+        return await self._database.write(work)
+
+    async def requeue(
+        self, job_id: str, *, token: str, lost_worker: int | None, not_before: float, reason: str, now: float
+    ) -> bool:
+        def work(connection: Connection) -> bool:
+            rows = connection.rows(sql.LOST_WORKERS, {"id": job_id, "token": token})
+            if not rows:
+                return False
+            lost: set[int] = set(msgspec.json.decode(rows[0][0], type=list[int]))
+            if lost_worker is not None:
+                lost.add(lost_worker)
+            params = {
+                "id": job_id,
+                "token": token,
+                "lost_workers": msgspec.json.encode(sorted(lost)).decode(),
+                "not_before": not_before,
+            }
+            connection.change(sql.REQUEUE, params)
+            _event(connection, job_id, "requeued", _json(reason=reason, lost_workers=sorted(lost)), now)
+            return True
+
+        return await self._database.write(work)
+
+    async def cancel(self, job_id: str, now: float) -> Job | None:
+        def work(connection: Connection) -> Job | None:
+            if self._end_waiting(connection, job_id, JobStatus.CANCELLED, None, now):
+                pass
+            else:
+                connection.change(sql.ASK_CANCEL, {"id": job_id})
+            rows = connection.rows(sql.JOB_BY_ID, {"id": job_id})
+            return _job(rows[0]) if rows else None
+
+        return await self._database.write(work)
+
+    async def fail_waiting(self, job_id: str, *, error: str, now: float) -> bool:
+        return await self._database.write(
+            lambda connection: self._end_waiting(connection, job_id, JobStatus.FAILED, error, now)
+        )
+
+    @staticmethod
+    def _end_waiting(connection: Connection, job_id: str, status: JobStatus, error: str | None, now: float) -> bool:
+        params = {"id": job_id, "status": str(status), "error": error, "now": now}
+        if connection.change(sql.END_WAITING, params) != 1:
+            return False
+        _event(connection, job_id, str(status), error or "{}", now)
+        return True
+
+    async def overdue(self, now: float) -> list[str]:
+        rows = await self._database.read(lambda connection: connection.rows(sql.OVERDUE, {"now": now}))
+        return [row[0] for row in rows]
+
+    async def add_event(self, job_id: str, *, kind: str, data: str, now: float) -> JobEvent:
+        return await self._database.write(lambda connection: _event(connection, job_id, kind, data, now))
+
+    async def events(self, job_id: str, after: int = 0) -> list[JobEvent]:
+        def work(connection: Connection) -> tuple[list[Row], list[Row]]:
+            job = connection.rows(sql.JOB_BY_ID, {"id": job_id}) if after < 1 else []
+            return job, connection.rows(sql.EVENTS, {"job_id": job_id, "after": after})
+
+        job, rows = await self._database.read(work)
+        first = [JobEvent(job_id=job_id, seq=1, at=_job(row).created_at, kind="queued", data="{}") for row in job]
+        return first + [JobEvent(job_id=of, seq=seq, at=at, kind=kind, data=data) for of, seq, at, kind, data in rows]
+
+    async def undelivered(self) -> list[str]:
+        rows = await self._database.read(lambda connection: connection.rows(sql.UNDELIVERED, {}))
+        return [row[0] for row in rows]
+
+    async def mark_delivered(self, job_id: str) -> None:
+        await self._database.write(lambda connection: connection.change(sql.MARK_DELIVERED, {"id": job_id}))
+
+    async def prune(self, finished_before: float) -> int:
+        def work(connection: Connection) -> int:
+            connection.change(sql.PRUNE_EVENTS, {"before": finished_before})
+            return connection.change(sql.PRUNE_JOBS, {"before": finished_before})
+
+        return await self._database.write(work)

@@ -1,0 +1,94 @@
+"""PostgreSQL through psycopg: `--database postgresql://…`. Same statements, same writer, same contract.
+
+A lost connection is opened again; the group in flight then fails with ConnectionLost, and its callers decide (an HTTP
+caller gets a 503 with Retry-After, a loop tries again).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+import psycopg
+
+from comfyfleet.control.store.connection import ConnectionLost, Params, Row
+
+_PARAMETER = re.compile(r"(?<!:):([a-z_]+)")
+# Any number that is ours alone: one migration at a time per database.
+_MIGRATION_LOCK = 0x636F6D66
+
+
+@lru_cache(maxsize=256)
+def _translated(statement: str) -> str:
+    """`:name` in psycopg's form; types are inferred by the server, so untyped NULLs are fine."""
+    return _PARAMETER.sub(r"%(\1)s", statement.replace("%", "%%"))
+
+
+class PostgresConnection:
+    """One connection, opened again after a loss."""
+
+    def __init__(self, url: str, *, read_only: bool = False) -> None:
+        self._url = url
+        self._read_only = read_only
+        self._raw: psycopg.Connection[Row] | None = None
+        self._is_in_transaction = False
+
+    def rows(self, statement: str, params: Params) -> list[Row]:
+        try:
+            return self._connected().execute(_translated(statement), params).fetchall()
+        except psycopg.OperationalError as error:
+            raise self._lost(error) from error
+
+    def change(self, statement: str, params: Params) -> int:
+        try:
+            return self._connected().execute(_translated(statement), params or None).rowcount
+        except psycopg.OperationalError as error:
+            raise self._lost(error) from error
+
+    def change_many(self, statement: str, params: Sequence[Params]) -> None:
+        try:
+            with self._connected().cursor() as cursor:
+                cursor.executemany(_translated(statement), params)
+        except psycopg.OperationalError as error:
+            raise self._lost(error) from error
+
+    def begin(self) -> None:
+        self.change("BEGIN", {})
+        self._is_in_transaction = True
+
+    def begin_exclusive(self) -> None:
+        self.begin()
+        self.rows(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})", {})
+
+    def commit(self) -> None:
+        self.change("COMMIT", {})
+        self._is_in_transaction = False
+
+    def rollback(self) -> None:
+        self._is_in_transaction = False
+        if self._raw is not None and not self._raw.closed:
+            try:
+                self._raw.execute("ROLLBACK")
+            except psycopg.OperationalError as error:
+                self._lost(error)
+
+    def close(self) -> None:
+        if self._raw is not None:
+            self._raw.close()
+            self._raw = None
+
+    def _connected(self) -> psycopg.Connection[Row]:
+        if self._raw is None or self._raw.closed:
+            if self._is_in_transaction:
+                raise ConnectionLost("the connection was lost inside a transaction")
+            self._raw = psycopg.connect(self._url, autocommit=True, connect_timeout=5)
+            if self._read_only:
+                self._raw.execute("SET default_transaction_read_only = on")
+        return self._raw
+
+    def _lost(self, error: psycopg.OperationalError) -> ConnectionLost:
+        if self._raw is not None:
+            self._raw.close()
+            self._raw = None
+        return ConnectionLost(str(error))

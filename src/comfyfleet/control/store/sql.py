@@ -1,0 +1,223 @@
+"""Every statement, named, with one line of purpose. One text for SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+# all_records: every record of one kind.
+ALL_RECORDS = "SELECT body FROM record WHERE kind = :kind"
+
+# name_holder: who else has this name among the living of a kind.
+NAME_HOLDER = "SELECT id FROM record WHERE kind = :kind AND name = :name AND id <> :id"
+
+# put_record: insert or replace.
+PUT_RECORD = """
+INSERT INTO record (kind, id, name, body) VALUES (:kind, :id, :name, :body)
+ON CONFLICT (kind, id) DO UPDATE SET name = excluded.name, body = excluded.body"""
+
+# drop_record: remove one.
+DROP_RECORD = "DELETE FROM record WHERE kind = :kind AND id = :id"
+
+# reserve: hand out the next :count numbers of a counter.
+RESERVE = """
+INSERT INTO counter (name, next) VALUES (:name, 1 + :count)
+ON CONFLICT (name) DO UPDATE SET next = counter.next + :count RETURNING next"""
+
+# --- what happened ---------------------------------------------------------------------------------------------------
+
+# add_decision: a scaling decision with its inputs.
+ADD_DECISION = """
+INSERT INTO decision (id, endpoint_id, at, sentence, inputs, outcome)
+VALUES (:id, :endpoint_id, :at, :sentence, :inputs, :outcome)"""
+
+# decisions: an endpoint's, newest first.
+DECISIONS = """
+SELECT id, endpoint_id, at, sentence, inputs, outcome FROM decision
+ WHERE endpoint_id = :endpoint_id AND id < :before_id ORDER BY id DESC LIMIT :limit"""
+
+# forget_decisions: keep the newest :keep of an endpoint.
+FORGET_DECISIONS = """
+DELETE FROM decision WHERE endpoint_id = :endpoint_id AND id <= (
+  SELECT id FROM decision WHERE endpoint_id = :endpoint_id ORDER BY id DESC LIMIT 1 OFFSET :keep)"""
+
+# add_log: a line of an endpoint's or workergroup's log.
+ADD_LOG = """
+INSERT INTO log_line (id, endpoint_id, workergroup_id, at, level, text)
+VALUES (:id, :endpoint_id, :workergroup_id, :at, :level, :text)"""
+
+# endpoint_logs, workergroup_logs: the newest :tail lines, newest first.
+ENDPOINT_LOGS = """
+SELECT endpoint_id, workergroup_id, at, level, text FROM log_line
+ WHERE endpoint_id = :id ORDER BY id DESC LIMIT :tail"""
+WORKERGROUP_LOGS = """
+SELECT endpoint_id, workergroup_id, at, level, text FROM log_line
+ WHERE workergroup_id = :id ORDER BY id DESC LIMIT :tail"""
+
+# forget_logs: lines older than.
+FORGET_LOGS = "DELETE FROM log_line WHERE at < :before"
+
+# add_usage: an entry of the ledger.
+ADD_USAGE = """
+INSERT INTO usage (id, endpoint_id, workergroup_id, worker_id, scope, kind, started_at, seconds, price)
+VALUES (:id, :endpoint_id, :workergroup_id, :worker_id, :scope, :kind, :started_at, :seconds, :price)"""
+
+# usage_sums: the ledger over a time.
+USAGE_SUMS = """
+SELECT endpoint_id, scope, kind, sum(seconds), sum(price) FROM usage
+ WHERE started_at >= :since AND started_at < :until AND (:any_scope = 1 OR scope = :scope)
+ GROUP BY endpoint_id, scope, kind ORDER BY endpoint_id, scope, kind"""
+
+# --- durable jobs ----------------------------------------------------------------------------------------------------
+
+JOB_COLUMNS = (
+    "id",
+    "endpoint_id",
+    "scope",
+    "status",
+    "priority",
+    "cost",
+    "rank",
+    "created_at",
+    "not_before",
+    "input",
+    "digest",
+    "deadline_at",
+    "idempotency_key",
+    "shape",
+    "models",
+    "sealed",
+    "metadata",
+    "webhook",
+    "attempts",
+    "lost_workers",
+    "lease_token",
+    "lease_expires",
+    "worker_id",
+    "worker_url",
+    "request_idx",
+    "cancel_requested",
+    "started_at",
+    "finished_at",
+    "result",
+    "error",
+)
+_JOB = ", ".join(JOB_COLUMNS)
+_JOB_WITHOUT_INPUT = ", ".join("'' AS input" if name == "input" else name for name in JOB_COLUMNS)
+HEAD_COLUMNS = (
+    "id",
+    "endpoint_id",
+    "scope",
+    "priority",
+    "cost",
+    "rank",
+    "created_at",
+    "shape",
+    "models",
+    "lost_workers",
+)
+
+# add_job: a new job; no row changed means its idempotency key is taken.
+ADD_JOB = f"""
+INSERT INTO job ({_JOB}, webhook_state)
+VALUES ({", ".join(f":{name}" for name in JOB_COLUMNS)}, 'none')
+ON CONFLICT DO NOTHING"""  # noqa: S608 - column names of ours only
+
+# job_by_key: the job that has an idempotency key.
+JOB_BY_KEY = f"SELECT {_JOB} FROM job WHERE scope = :scope AND idempotency_key = :idempotency_key"  # noqa: S608
+
+# job_by_id.
+JOB_BY_ID = f"SELECT {_JOB} FROM job WHERE id = :id"  # noqa: S608
+
+# list_jobs: newest first, page by page.
+LIST_JOBS = f"""
+SELECT {_JOB_WITHOUT_INPUT} FROM job
+ WHERE (:any_scope = 1 OR scope = :scope) AND (:any_endpoint = 1 OR endpoint_id = :endpoint_id)
+   AND (:any_status = 1 OR status = :status)
+   AND (created_at < :before_at OR (created_at = :before_at AND id < :before_id))
+ ORDER BY created_at DESC, id DESC LIMIT :limit"""  # noqa: S608
+
+# waiting: what waits, per endpoint and scope.
+WAITING = """
+SELECT endpoint_id, scope, count(*), sum(cost), min(created_at) FROM job
+ WHERE status = 'queued' GROUP BY endpoint_id, scope"""
+
+# position: how many go before one.
+POSITION = """
+SELECT count(*) FROM job
+ WHERE status = 'queued' AND endpoint_id = :endpoint_id AND scope = :scope
+   AND (rank < :rank OR (rank = :rank AND id < :id))"""
+
+# head: the next waiting job of a scope.
+HEAD = f"""
+SELECT {", ".join(HEAD_COLUMNS)} FROM job
+ WHERE status = 'queued' AND endpoint_id = :endpoint_id AND scope = :scope AND not_before <= :now
+ ORDER BY rank, id LIMIT 1"""  # noqa: S608
+
+# lease: a waiting job becomes a worker's; no row changed means it waits no more.
+LEASE = f"""
+UPDATE job SET status = 'leased', lease_token = :token, lease_expires = :expires_at, worker_id = :worker_id,
+               worker_url = :worker_url, request_idx = :request_idx, attempts = attempts + 1
+ WHERE id = :job_id AND status = 'queued' RETURNING {_JOB}"""  # noqa: S608
+
+# leased: every job some worker has.
+LEASED = f"SELECT {_JOB} FROM job WHERE status IN ('leased', 'running')"  # noqa: S608
+
+# take_over: another holder, the same worker.
+TAKE_OVER = """
+UPDATE job SET lease_token = :token, lease_expires = :expires_at WHERE id = :id AND lease_token = :old_token"""
+
+# renew: the holder goes on.
+RENEW = "UPDATE job SET lease_expires = :expires_at WHERE id = :id AND lease_token = :token"
+
+# start: the worker has begun.
+START = """
+UPDATE job SET status = 'running', started_at = coalesce(started_at, :now) WHERE id = :id AND lease_token = :token"""
+
+# finish: no row changed means the lease was lost; the caller drops the result.
+FINISH = """
+UPDATE job SET status = :status, result = :result, error = :error, finished_at = :now, lease_token = NULL,
+               lease_expires = NULL, sealed = CASE WHEN webhook = '' THEN '' ELSE sealed END,
+               webhook_state = CASE WHEN webhook = '' THEN 'none' ELSE 'due' END
+ WHERE id = :id AND lease_token = :token"""
+
+# requeue: the worker is lost or refused it; the job waits again.
+REQUEUE = """
+UPDATE job SET status = 'queued', lease_token = NULL, lease_expires = NULL, worker_id = NULL, worker_url = NULL,
+               request_idx = NULL, lost_workers = :lost_workers, not_before = :not_before
+ WHERE id = :id AND lease_token = :token"""
+
+# lost_workers: who did not bring it back so far.
+LOST_WORKERS = "SELECT lost_workers FROM job WHERE id = :id AND lease_token = :token"
+
+# end_waiting: cancelled or failed before any worker had it.
+END_WAITING = """
+UPDATE job SET status = :status, error = :error, finished_at = :now,
+               sealed = CASE WHEN webhook = '' THEN '' ELSE sealed END,
+               webhook_state = CASE WHEN webhook = '' THEN 'none' ELSE 'due' END
+ WHERE id = :id AND status = 'queued'"""
+
+# ask_cancel: the holder will see it.
+ASK_CANCEL = "UPDATE job SET cancel_requested = 1 WHERE id = :id AND status IN ('leased', 'running')"
+
+# overdue: waiting past the deadline.
+OVERDUE = "SELECT id FROM job WHERE status = 'queued' AND deadline_at IS NOT NULL AND deadline_at < :now LIMIT 1000"
+
+# add_event: the next event of a job; 1 is `queued`, which is the job's own row.
+ADD_EVENT = """
+INSERT INTO job_event (job_id, seq, at, kind, data)
+VALUES (:job_id, (SELECT coalesce(max(seq), 1) + 1 FROM job_event WHERE job_id = :job_id), :at, :kind, :data)
+RETURNING seq"""
+
+# events: what happened after one.
+EVENTS = "SELECT job_id, seq, at, kind, data FROM job_event WHERE job_id = :job_id AND seq > :after ORDER BY seq"
+
+# undelivered: final, and its webhook is still ours to send.
+UNDELIVERED = "SELECT id FROM job WHERE webhook_state = 'due'"
+
+# mark_delivered: the webhook's outbox has it now; its secret is not needed here any more.
+MARK_DELIVERED = "UPDATE job SET webhook_state = 'sent', sealed = '' WHERE id = :id"
+
+# prune: forget finished jobs.
+PRUNE_EVENTS = """
+DELETE FROM job_event WHERE job_id IN (SELECT id FROM job WHERE finished_at IS NOT NULL AND finished_at < :before)"""
+PRUNE_JOBS = "DELETE FROM job WHERE finished_at IS NOT NULL AND finished_at < :before AND webhook_state <> 'due'"
