@@ -132,7 +132,7 @@ async def _send_all(output_dir: Path) -> list[DemoRow]:
             click.echo(f"\n{request.title}")
             progress = ProgressLine()
             began = anyio.current_time()
-            response = await endpoint.request("/generate/sync", _payload(request), on_progress=progress.show)
+            response = await endpoint.request("/generate/sync", payload(request), on_progress=progress.show)
             progress.end()
             row = DemoRow(title=request.title, seconds=anyio.current_time() - began)
             await _inspect(row, response["response"], response["status"], output_dir)
@@ -140,7 +140,7 @@ async def _send_all(output_dir: Path) -> list[DemoRow]:
     return rows
 
 
-def _payload(request: DemoRequest) -> dict[str, Any]:
+def payload(request: DemoRequest) -> dict[str, Any]:
     """The documents' payload: every field of it, empty strings included."""
     source = resources.files("comfyfleet.cli") / "requests" / request.file
     return {
