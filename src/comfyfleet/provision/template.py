@@ -25,7 +25,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFile:
-    """One file below the models folder. url: http(s):// or hf://owner/repo/path[@revision]. Size and digest: if known."""
+    """One file below the models folder. url: http(s):// or hf://owner/repo/path[@revision]; the rest if known."""
 
     url: str
     folder: str
