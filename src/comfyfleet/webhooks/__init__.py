@@ -1,1 +1,5 @@
-"""Deliver one envelope: sign it in both families, post it through the guarded fetcher, retry, record the outcome."""
+"""Tell a receiver what happened to a job: signed, kept until told, never twice under two ids.
+
+Reading order: `envelope` (pure: body and headers), `outbox` (what is still to be told, on disk), `deliver` (the loop
+and the backoff). Used by the worker's notify stage and by the control plane for durable jobs.
+"""

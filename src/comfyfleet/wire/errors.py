@@ -11,6 +11,8 @@ FleetError
 ├── Unprocessable 422 · no retry can help
 │   ├── WorkflowRefused · a graph that cannot run, naming node and input
 │   ├── ModelFileUnusable · a truncated model file, a pickle, or another family
+│   ├── InputRefused · a file, address or URL that we do not take
+│   ├── InputUnavailable · a file that its host did not give us
 │   ├── IdempotencyMismatch · the same id with another body
 │   └── JobFailed · the job ran and failed by its own fault
 ├── TooManyRequests 429
@@ -104,6 +106,18 @@ class ModelFileUnusable(Unprocessable):
     """A model file is truncated, a pickle, of another family, or lacks tensors; details name file and tensor."""
 
     code = "model_file_unusable"
+
+
+class InputRefused(Unprocessable):
+    """We do not take this file or go to this address; details name reason, and node_id and input where known."""
+
+    code = "input_refused"
+
+
+class InputUnavailable(Unprocessable):
+    """The host of an input file did not give it to us: missing, failing, too slow."""
+
+    code = "input_unavailable"
 
 
 class IdempotencyMismatch(Unprocessable):

@@ -38,6 +38,13 @@ class WebhookTarget(msgspec.Struct, frozen=True, kw_only=True):
     events: tuple[str, ...] = ()
 
 
+class UrlCredential(msgspec.Struct, frozen=True, kw_only=True):
+    """Headers for input URLs at or below `url_prefix`, and for no other host. Secret: never logged, never returned."""
+
+    url_prefix: str
+    headers: dict[str, str] = {}
+
+
 class GenerateInput(msgspec.Struct, frozen=True, kw_only=True):
     """`input` of a request; either `workflow_json`, or `modifier` with `modifications`."""
 
@@ -47,6 +54,7 @@ class GenerateInput(msgspec.Struct, frozen=True, kw_only=True):
     modifications: dict[str, Any] = {}
     s3: S3Target = S3Target()
     webhook: WebhookTarget = WebhookTarget()
+    credentials: tuple[UrlCredential, ...] = ()
     return_outputs_as_base64: bool = False
     deadline_s: float = 0.0
     max_queue_wait_s: float = 0.0
@@ -82,6 +90,7 @@ class OutputEntry(msgspec.Struct, kw_only=True, omit_defaults=True):
     error: str = ""
     data: str = ""
     mimetype: str = ""
+    text: str | None = None  # what a node said in words; the file beside it holds the same
 
 
 class GenerateResult(msgspec.Struct, kw_only=True):

@@ -1,0 +1,74 @@
+"""Where outputs go: S3 by the documents' `S3_*` names, and links to local files.
+
+`S3_ACCESS_KEY_ID, S3_SECRET_ACCESS_KEY, S3_BUCKET_NAME, S3_ENDPOINT_URL, S3_REGION, S3_CONNECT_TIMEOUT (s),
+S3_CONNECT_ATTEMPTS`; `OUTPUT_BASE64_MAX_BYTES`; ours: `COMFYFLEET_URL_EXPIRES_S`, `COMFYFLEET_FILES_URL`,
+`COMFYFLEET_FILES_KEY_FILE`. An empty value means "not given".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+WEEK_S = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class S3Settings:
+    """One bucket and the keys to it. `endpoint_url` empty: AWS itself."""
+
+    bucket: str
+    access_key_id: str = field(repr=False)
+    secret_access_key: str = field(repr=False)
+    endpoint_url: str = ""
+    region: str = ""
+    connect_timeout_s: float = 60.0
+    attempts: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageSettings:
+    """`s3` is None when the environment names no bucket; then links go to local files under `files_url`."""
+
+    s3: S3Settings | None = None
+    files_url: str = ""
+    files_key_file: str = ""
+    url_expires_s: float = WEEK_S
+    base64_max_bytes: int = 32 * 1024 * 1024
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str]) -> StorageSettings:
+        """Raises ValueError naming the variable that is no number."""
+        bucket, key = env.get("S3_BUCKET_NAME", "").strip(), env.get("S3_ACCESS_KEY_ID", "").strip()
+        s3 = None
+        if bucket and key:
+            s3 = S3Settings(
+                bucket=bucket,
+                access_key_id=key,
+                secret_access_key=env.get("S3_SECRET_ACCESS_KEY", "").strip(),
+                endpoint_url=env.get("S3_ENDPOINT_URL", "").strip(),
+                region=env.get("S3_REGION", "").strip(),
+                connect_timeout_s=number(env, "S3_CONNECT_TIMEOUT", 60.0),
+                attempts=max(1, int(number(env, "S3_CONNECT_ATTEMPTS", 3))),
+            )
+        return cls(
+            s3=s3,
+            files_url=env.get("COMFYFLEET_FILES_URL", "").strip(),
+            files_key_file=env.get("COMFYFLEET_FILES_KEY_FILE", "").strip(),
+            url_expires_s=number(env, "COMFYFLEET_URL_EXPIRES_S", WEEK_S),
+            base64_max_bytes=int(number(env, "OUTPUT_BASE64_MAX_BYTES", 32 * 1024 * 1024)),
+        )
+
+
+def number(env: Mapping[str, str], name: str, default: float) -> float:
+    """A non-negative number from the environment; empty or absent is the default."""
+    text = env.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{name} must be a number, not {text!r}") from None
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must not be negative")
+    return value

@@ -1,0 +1,126 @@
+"""S3 and what speaks like it, through obstore: path style, streamed multipart, links signed without asking anybody.
+
+One obstore client per set of credentials, kept while it is in use. A part that fails is sent again on its own, so a
+broken connection costs one part and not the file; the whole is retried only after that. Links are cut to the seven
+days that Signature V4 allows, and the answer says so.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import anyio
+import obstore
+from obstore.exceptions import BaseError, NotFoundError
+from obstore.store import S3Store
+
+from comfyfleet.clock import Clock
+from comfyfleet.settings.storage import WEEK_S, S3Settings
+from comfyfleet.storage.base import SignedUrl, StorageFailed, checked_key
+
+PART_BYTES = 6 * 1024 * 1024
+PARTS_AT_ONCE = 2
+_KEPT_STORES = 64
+
+
+class S3Storage:
+    """One bucket. `proxy_url` sends every connection through a guard (see `fetching.tunnel`)."""
+
+    def __init__(self, settings: S3Settings, clock: Clock, *, proxy_url: str = "") -> None:
+        self._clock = clock
+        self._bucket = settings.bucket
+        client: dict[str, Any] = {
+            "allow_http": True,
+            "connect_timeout": timedelta(seconds=max(1.0, settings.connect_timeout_s)),
+            # One part, not one file: PART_BYTES in two minutes is 50 kB/s.
+            "timeout": timedelta(seconds=120),
+        }
+        if proxy_url:
+            client["proxy_url"] = proxy_url
+        config: dict[str, Any] = {"endpoint": settings.endpoint_url} if settings.endpoint_url else {}
+        try:
+            self._store = S3Store(
+                settings.bucket,
+                access_key_id=settings.access_key_id,
+                secret_access_key=settings.secret_access_key,
+                region=settings.region or "us-east-1",
+                virtual_hosted_style_request=False,
+                client_options=client,
+                retry_config={
+                    "max_retries": settings.attempts - 1,
+                    "retry_timeout": timedelta(seconds=170),
+                    "backoff": {"init_backoff": timedelta(milliseconds=300), "max_backoff": timedelta(seconds=10)},
+                },
+                **config,
+            )
+        except (BaseError, ValueError) as problem:
+            raise StorageFailed("the S3 settings make no sense: " + _reason(problem)) from problem
+
+    async def put(self, path: Path, key: str, *, media_type: str) -> None:
+        attributes = {"Content-Type": media_type or "application/octet-stream"}
+        try:
+            size = (await anyio.Path(path).stat()).st_size
+            await obstore.put_async(
+                self._store,
+                checked_key(key),
+                path,
+                attributes=attributes,
+                use_multipart=size > PART_BYTES,
+                chunk_size=PART_BYTES,
+                max_concurrency=PARTS_AT_ONCE,
+            )
+        except (BaseError, OSError) as problem:
+            raise StorageFailed("upload to S3 failed: " + _reason(problem)) from problem
+
+    async def url(self, key: str, *, expires_in_s: float) -> SignedUrl:
+        expires_in_s = float(int(min(max(1.0, expires_in_s), WEEK_S)))
+        now = self._clock.now()
+        try:
+            url = await obstore.sign_async(self._store, "GET", checked_key(key), timedelta(seconds=expires_in_s))
+        except BaseError as problem:
+            raise StorageFailed("signing failed: " + _reason(problem)) from problem
+        return SignedUrl(url=url, expires_at=float(int(now + expires_in_s)))
+
+    async def delete(self, key: str) -> None:
+        try:
+            await obstore.delete_async(self._store, checked_key(key))
+        except (NotFoundError, FileNotFoundError):
+            return
+        except BaseError as problem:
+            raise StorageFailed("deleting from S3 failed: " + _reason(problem)) from problem
+
+
+class S3Storages:
+    """The clients in use, by their settings; the least recently used one is dropped."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._kept: OrderedDict[tuple[S3Settings, str], S3Storage] = OrderedDict()
+
+    def get(self, settings: S3Settings, *, proxy_url: str = "") -> S3Storage:
+        """The client for these credentials. Raises StorageFailed when they cannot be right."""
+        name = (settings, proxy_url)
+        found = self._kept.pop(name, None) or S3Storage(settings, self._clock, proxy_url=proxy_url)
+        self._kept[name] = found
+        while len(self._kept) > _KEPT_STORES:
+            self._kept.popitem(last=False)
+        return found
+
+
+def _reason(problem: BaseException) -> str:
+    """What happened in a few words: obstore's messages carry URLs and answers, which are not the caller's to see."""
+    text = f"{type(problem).__name__} {problem}".lower()
+    for words, reason in (
+        (("invalidaccesskeyid", "signaturedoesnotmatch", "unauthenticated", "401"), "the credentials were refused"),
+        (("permissiondenied", "accessdenied", "403"), "access was denied"),
+        (("nosuchbucket",), "there is no such bucket"),
+        (("timed out", "timeout", "elapsed"), "it took too long"),
+        (("dns", "connect", "connection", "unreachable"), "the endpoint cannot be reached"),
+        (("server error", "500", "502", "503", "504"), "the endpoint answered with a server error"),
+    ):
+        if any(word in text for word in words):
+            return reason
+    return "the endpoint did not accept it"

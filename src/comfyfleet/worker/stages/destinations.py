@@ -1,0 +1,83 @@
+"""Which store takes a job's outputs: the request's S3 over the environment's, field by field; else none but the disk.
+
+A request may name an endpoint of its own only with keys of its own, or it could make the operator's keys sign for a
+stranger. Such an endpoint is reached under the guarded fetcher's address rules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgspec
+
+from comfyfleet.fetching.fetcher import GuardedFetcher
+from comfyfleet.settings.storage import S3Settings
+from comfyfleet.storage.base import Storage, StorageFailed
+from comfyfleet.storage.s3 import S3Storages
+from comfyfleet.wire.errors import FleetError, Unprocessable
+from comfyfleet.wire.generation import S3Target
+
+
+def effective_s3(operator: S3Settings | None, request: S3Target) -> S3Settings | None:
+    """The bucket and keys to use, or None for local files only. Raises Unprocessable naming the field."""
+    own_keys = bool(request.access_key_id and request.secret_access_key)
+    if bool(request.access_key_id) != bool(request.secret_access_key):
+        missing = "secret_access_key" if request.access_key_id else "access_key_id"
+        raise Unprocessable(f"s3.{missing} is missing", field=f"input.s3.{missing}")
+    if request.endpoint_url and not own_keys:
+        raise Unprocessable(
+            "s3.endpoint_url needs s3.access_key_id and s3.secret_access_key beside it", field="input.s3.endpoint_url"
+        )
+    if operator is None and not own_keys:
+        return None
+    bucket = request.bucket_name or (operator.bucket if operator else "")
+    if not bucket:
+        raise Unprocessable("s3.bucket_name is missing", field="input.s3.bucket_name")
+    if operator is None:
+        operator = S3Settings(bucket=bucket, access_key_id="", secret_access_key="")
+    chosen = replace(
+        operator,
+        bucket=bucket,
+        endpoint_url=request.endpoint_url or operator.endpoint_url,
+        region=request.region or operator.region,
+    )
+    if own_keys:
+        chosen = replace(chosen, access_key_id=request.access_key_id, secret_access_key=request.secret_access_key)
+    return chosen
+
+
+class Destinations:
+    """Opens the store of a request."""
+
+    def __init__(self, operator: S3Settings | None, storages: S3Storages, fetcher: GuardedFetcher) -> None:
+        self._operator = operator
+        self._storages = storages
+        self._fetcher = fetcher
+
+    def check(self, request: S3Target) -> None:
+        """Refuse settings that can never work, before the job is accepted. Raises Unprocessable or InputRefused."""
+        chosen = effective_s3(self._operator, request)
+        if chosen is not None and request.endpoint_url:
+            self._fetcher.check_url(chosen.endpoint_url)
+
+    async def open(self, request: S3Target) -> Storage | None:
+        """The S3 store, or None when there is none. Raises StorageFailed."""
+        try:
+            chosen = effective_s3(self._operator, request)
+            if chosen is None:
+                return None
+            if request.endpoint_url:
+                await self._fetcher.check_reachable(chosen.endpoint_url)
+        except FleetError as problem:
+            raise StorageFailed(problem.message) from problem
+        return self._storages.get(chosen)
+
+    async def open_bucket(self, bucket: str, request: S3Target) -> Storage:
+        """A store for reading `s3://bucket/…`. Raises StorageFailed when these keys may not read there."""
+        own_keys = bool(request.access_key_id and request.secret_access_key)
+        if not own_keys and (self._operator is None or bucket != self._operator.bucket):
+            raise StorageFailed("reading from this bucket needs s3.access_key_id and s3.secret_access_key")
+        store = await self.open(msgspec.structs.replace(request, bucket_name=bucket))
+        if store is None:
+            raise StorageFailed("no S3 keys are set")
+        return store

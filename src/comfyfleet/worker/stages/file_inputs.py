@@ -1,0 +1,148 @@
+"""Where a graph expects a file, and what stands there. Pure.
+
+Only inputs that name a file are looked at: those of the loaders below, those whose node type is called "Load…" and
+whose input has a file's name, and those that the engine's own description marks as uploads. A prompt that holds a URL,
+or a node's title, is text and stays text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from comfyfleet.wire.errors import WorkflowRefused
+from comfyfleet.wire.workflow import Graph, is_link
+
+_KNOWN: Mapping[str, frozenset[str]] = {
+    "LoadImage": frozenset({"image"}),
+    "LoadImageMask": frozenset({"image"}),
+    "LoadImageOutput": frozenset({"image"}),
+    "LoadAudio": frozenset({"audio"}),
+    "LoadVideo": frozenset({"file"}),
+    "LoadLatent": frozenset({"latent"}),
+    "Load3D": frozenset({"model_file"}),
+    "Load3DAnimation": frozenset({"model_file"}),
+    "VHS_LoadVideo": frozenset({"video"}),
+    "VHS_LoadVideoPath": frozenset({"video"}),
+    "VHS_LoadVideoFFmpeg": frozenset({"video"}),
+    "VHS_LoadVideoFFmpegPath": frozenset({"video"}),
+    "VHS_LoadAudio": frozenset({"audio_file"}),
+    "VHS_LoadAudioUpload": frozenset({"audio"}),
+    "VHS_LoadImagePath": frozenset({"image"}),
+}
+_FILE_NAMES = frozenset({"image", "mask", "audio", "video", "file", "latent", "model_file", "audio_file", "image_path"})
+_UPLOAD_MARKS = ("image_upload", "audio_upload", "video_upload", "file_upload", "animated_image_upload")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileReference:
+    """What stands where a file is expected. Exactly one of `url`, `data` (a data URI) and `encoded` (base64) is set."""
+
+    node_id: str
+    class_type: str
+    input: str
+    url: str = field(default="", repr=False)
+    data: str = field(default="", repr=False)
+    encoded: str = field(default="", repr=False)
+    filename: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def refused(self, message: str, **details: Any) -> WorkflowRefused:
+        """An error that names the place."""
+        return WorkflowRefused(
+            f"node {self.node_id} ({self.class_type}), input {self.input}: {message}",
+            node_id=self.node_id,
+            class_type=self.class_type,
+            input=self.input,
+            **details,
+        )
+
+
+def upload_inputs(object_info: Mapping[str, Any]) -> dict[str, frozenset[str]]:
+    """The inputs that an engine's `/object_info` marks as uploads, by node type."""
+    found: dict[str, frozenset[str]] = {}
+    for class_type, info in object_info.items():
+        sections = info.get("input", {}) if isinstance(info, Mapping) else {}
+        names = set()
+        for section in sections.values() if isinstance(sections, Mapping) else ():
+            for name, spec in section.items() if isinstance(section, Mapping) else ():
+                options = spec[1] if isinstance(spec, list) and len(spec) > 1 else None
+                if isinstance(options, Mapping) and any(options.get(mark) for mark in _UPLOAD_MARKS):
+                    names.add(name)
+        if names:
+            found[class_type] = frozenset(names)
+    return found
+
+
+def file_references(graph: Graph, uploads: Mapping[str, frozenset[str]] | None = None) -> list[FileReference]:
+    """Everything to fetch, in the graph's order. Raises WorkflowRefused for a path that leaves the input folder."""
+    return [
+        reference
+        for node_id, node in graph.items()
+        for name, value in node["inputs"].items()
+        if not is_link(value) and _expects_file(node["class_type"], name, uploads or {})
+        for reference in _references(FileReference(node_id=node_id, class_type=node["class_type"], input=name), value)
+    ]
+
+
+def _expects_file(class_type: str, name: str, uploads: Mapping[str, frozenset[str]]) -> bool:
+    if name in _KNOWN.get(class_type, ()) or name in uploads.get(class_type, ()):
+        return True
+    return "load" in class_type.lower() and name in _FILE_NAMES and "base64" not in class_type.lower()
+
+
+def _references(place: FileReference, value: object) -> Iterator[FileReference]:
+    if isinstance(value, Mapping):
+        yield _explicit(place, value)
+    elif isinstance(value, str):
+        text = value.strip()
+        scheme = text[:8].lower()
+        if scheme.startswith(("http://", "https://", "s3://")):
+            yield replace(place, url=text)
+        elif scheme.startswith("data:"):
+            yield replace(place, data=text)
+        elif reason := unfit_name(value):
+            raise place.refused(reason, reason="path")
+
+
+def _explicit(place: FileReference, value: Mapping[str, Any]) -> FileReference:
+    """`{url, headers?, filename?}`, or `{base64, filename?}`: the field that says it is base64."""
+    url, encoded, filename = value.get("url", ""), value.get("base64", ""), value.get("filename", "")
+    headers = value.get("headers", {})
+    is_text = all(isinstance(text, str) for text in (url, encoded, filename))
+    if not is_text or bool(url) == bool(encoded):
+        raise place.refused("an object here must be {url, headers?, filename?} or {base64, filename?}")
+    if not isinstance(headers, Mapping) or not all(isinstance(text, str) for text in headers.values()):
+        raise place.refused("headers must be an object of texts")
+    if url and not url.lower().startswith(("http://", "https://", "s3://")):
+        raise place.refused("url must begin with http://, https:// or s3://")
+    return replace(
+        place,
+        url=url,
+        encoded=encoded,
+        filename=filename,
+        headers={str(name): text for name, text in headers.items()},
+    )
+
+
+def unfit_name(name: str) -> str | None:
+    """Why a plain name must not reach the engine (it would read any file of its machine), or None."""
+    text = name.replace("\\", "/")
+    if "\0" in text:
+        return "a file name holds a zero byte"
+    if text.startswith(("/", "~")) or (len(text) > 1 and text[1] == ":"):
+        return "an absolute path is not taken; upload the file or give a URL"
+    if ".." in text.split("/"):
+        return "a path must not leave the input folder"
+    if "://" in text:
+        return "only http, https, s3 and data URLs are taken"
+    return None
+
+
+def with_names(graph: Graph, names: Iterable[tuple[FileReference, str]]) -> Graph:
+    """A new graph in which each reference is the file's name in the engine's input folder."""
+    rebuilt = {node_id: {**node, "inputs": dict(node["inputs"])} for node_id, node in graph.items()}
+    for reference, name in names:
+        rebuilt[reference.node_id]["inputs"][reference.input] = name
+    return rebuilt

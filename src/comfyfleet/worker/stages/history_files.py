@@ -1,0 +1,102 @@
+"""What a history entry names: every file under every key, and text lists. Pure; touches no disk.
+
+ComfyUI's nodes put what they made under any key they like (`images` holds videos too); a file is an object with a
+`filename`. Everything here comes from custom nodes and is believed only after `located` has contained it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+_PATH_LISTS = frozenset({"result", "3d"})  # 3D previews name a file by its path alone
+_MODEL_SUFFIXES = frozenset({".glb", ".gltf", ".obj", ".fbx", ".stl", ".ply", ".usdz"})
+_MAX_FILES = 5000
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedFile:
+    """One thing that a node made. Either a file name, or `text` (then `filename` is ours)."""
+
+    node_id: str
+    output_type: str
+    filename: str
+    subfolder: str = ""
+    type: str = "output"
+    text: str | None = None
+
+
+def named_files(entry: Mapping[str, Any]) -> list[NamedFile]:
+    """Every file and text of a history entry, in its order; a file named twice by one node under one key once."""
+    outputs = entry.get("outputs")
+    if not isinstance(outputs, Mapping):
+        return []
+    found: dict[tuple[str, str, str, str, str], NamedFile] = {}
+    for node_id, ui in outputs.items():
+        if not isinstance(ui, Mapping):
+            continue
+        for key, value in ui.items():
+            for named in _of_key(str(node_id), str(key), value):
+                found.setdefault((named.node_id, key, named.type, named.subfolder, named.filename), named)
+                if len(found) >= _MAX_FILES:
+                    return list(found.values())
+    return list(found.values())
+
+
+def _of_key(node_id: str, key: str, value: object) -> Iterator[NamedFile]:
+    items = value if isinstance(value, list) else [value]
+    for index, item in enumerate(items):
+        if isinstance(item, Mapping):
+            filename = item.get("filename")
+            if isinstance(filename, str) and filename:
+                subfolder, kind = item.get("subfolder"), item.get("type")
+                yield NamedFile(
+                    node_id=node_id,
+                    output_type=key,
+                    filename=filename,
+                    subfolder=subfolder if isinstance(subfolder, str) else "",
+                    type=kind if isinstance(kind, str) and kind else "output",
+                )
+        elif isinstance(item, str) and key == "text":
+            safe_id = "".join(letter if letter.isalnum() else "_" for letter in node_id)[:64]
+            yield NamedFile(node_id=node_id, output_type=key, filename=f"text_{safe_id}_{index}.txt", text=item)
+        elif isinstance(item, str) and key in _PATH_LISTS:
+            path = PurePosixPath(item)
+            if path.suffix.lower() in _MODEL_SUFFIXES:
+                folder = "" if path.parent == PurePosixPath(".") else str(path.parent)
+                yield NamedFile(node_id=node_id, output_type=key, filename=path.name, subfolder=folder)
+
+
+def relative_path(named: NamedFile) -> PurePosixPath | None:
+    """`<subfolder>/<filename>` as a plain relative path, or None for one that tries to leave its folder."""
+    text = f"{named.subfolder}/{named.filename}" if named.subfolder else named.filename
+    text = text.replace("\\", "/")
+    if "\0" in text or text.startswith("/") or (len(text) > 1 and text[1] == ":"):
+        return None
+    parts = [part for part in text.split("/") if part not in ("", ".")]
+    if not parts or ".." in parts or len(text.encode()) > 700:
+        return None
+    return PurePosixPath(*parts)
+
+
+def located(named: NamedFile, folders: Mapping[str, Path]) -> Path | None:
+    """Where the file should be, if its name stays inside the folder of its type. Links are followed by the opener."""
+    relative = relative_path(named)
+    root = folders.get(named.type)
+    return None if relative is None or root is None else root / relative
+
+
+def writes_in_place(entry: Mapping[str, Any]) -> bool:
+    """True when a save node's prefix makes ComfyUI write the same names again, over the bytes of earlier files."""
+    prompt = entry.get("prompt")
+    graph = prompt[2] if isinstance(prompt, list) and len(prompt) > 2 else None
+    if not isinstance(graph, Mapping):
+        return True  # we cannot know: copy
+    return any(
+        isinstance(value, str) and "%batch_num%" in value
+        for node in graph.values()
+        if isinstance(node, Mapping) and isinstance(node.get("inputs"), Mapping)
+        for value in node["inputs"].values()
+    )

@@ -1,0 +1,265 @@
+"""From what the engine wrote to what the caller gets: files kept under the request's id, described, and linked to.
+
+The engine's own files are linked or copied, never moved. A store that is slow or down costs that output its remote
+copy (`upload_error`), not the job: the file stays here and its link leads here. Files stream; hashing and looking
+into media run in threads, a few at a time.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from comfyfleet.storage.base import Storage, StorageFailed
+from comfyfleet.storage.local import LocalStorage, place
+from comfyfleet.wire.errors import DiskFull
+from comfyfleet.wire.generation import GenerateInput, OutputEntry, S3Target
+from comfyfleet.worker.stages.destinations import Destinations
+from comfyfleet.worker.stages.history_files import NamedFile, located, named_files, relative_path, writes_in_place
+from comfyfleet.worker.stages.media import MediaFacts, media_facts, peaks, poster
+
+POSTER_SUFFIX = ".poster.jpg"
+# Below this, copying costs less than the care that a shared inode needs.
+COPY_BELOW_BYTES = 4 * 1024 * 1024
+_HASH_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    size_bytes: int
+    sha256: str
+    facts: MediaFacts
+    has_poster: bool
+    peaks: list[float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Where:
+    """From and to, for all files of one job."""
+
+    folders: Mapping[str, Path]
+    copy: bool
+    remote: Storage | None
+    expires_in_s: float
+
+
+class StoreOutputs:
+    """The stage; one for the whole process, so that its limits hold over all jobs."""
+
+    def __init__(
+        self, local: LocalStorage, destinations: Destinations, *, url_expires_s: float, base64_max_bytes: int
+    ) -> None:
+        self._local = local
+        self._destinations = destinations
+        self._url_expires_s = url_expires_s
+        self._base64_max_bytes = base64_max_bytes
+        self._threads = anyio.CapacityLimiter(4)
+        self._uploads = anyio.CapacityLimiter(3)
+
+    async def run(
+        self, entry: Mapping[str, Any], *, request_id: str, request: GenerateInput, folders: Mapping[str, Path]
+    ) -> list[OutputEntry]:
+        """Every file that the history entry names, in its order. `folders`: the engine's, by type: output, temp, input.
+
+        Raises DiskFull; every other trouble of one file stands on its entry (`error`, `upload_error`).
+        """
+        named = named_files(entry)
+        copy = writes_in_place(entry)
+        keys = storage_keys(named, request_id)
+        outputs = [
+            OutputEntry(
+                filename=one.filename.replace("\\", "/").rsplit("/", 1)[-1],
+                local_path=str(self._local.path(key)) if key else "",
+                type=one.type,
+                subfolder=one.subfolder,
+                node_id=one.node_id,
+                output_type=one.output_type,
+                text=one.text,
+            )
+            for one, key in zip(named, keys, strict=True)
+        ]
+        remote, refused = await self._open(request.s3)
+        where = _Where(folders=folders, copy=copy, remote=remote, expires_in_s=self._expiry(request))
+        full: list[DiskFull] = []
+        async with anyio.create_task_group() as files:
+            for output, one, key in zip(outputs, named, keys, strict=True):
+                output.upload_error = refused
+                files.start_soon(self._store_one, output, one, key, where, full)
+        if full:
+            raise full[0]
+        if request.return_outputs_as_base64:
+            await self._attach_base64(outputs)
+        return outputs
+
+    async def resign(self, outputs: Sequence[OutputEntry], *, request: GenerateInput) -> None:
+        """New links, in place, for a result that is read later."""
+        remote, _ = await self._open(request.s3)
+        expires_in_s = self._expiry(request)
+        for output in outputs:
+            key = self._key_of(output)
+            if key and output.size_bytes is not None:
+                await self._link(output, key, None if output.upload_error else remote, expires_in_s)
+
+    async def _open(self, target: S3Target) -> tuple[Storage | None, str]:
+        try:
+            return await self._destinations.open(target), ""
+        except StorageFailed as problem:
+            return None, str(problem)
+
+    async def _store_one(
+        self,
+        output: OutputEntry,
+        named: NamedFile,
+        key: str,
+        where: _Where,
+        full: list[DiskFull],
+    ) -> None:
+        source, remote = located(named, where.folders), where.remote
+        if not key or (source is None and named.text is None):
+            output.error = "the node named a file outside the engine's folders"
+            output.upload_error = ""
+            return
+        target = self._local.path(key)
+        try:
+            stored = await anyio.to_thread.run_sync(
+                partial(_keep, source, named.text, target, where.folders.get(named.type), where.copy),
+                limiter=self._threads,
+                abandon_on_cancel=True,
+            )
+        except OSError as problem:
+            if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+                full.append(DiskFull())
+                return
+            output.error = "the file that the node named is not there"
+            output.upload_error = ""
+            return
+        _describe(output, stored)
+        if remote is not None:
+            try:
+                async with self._uploads:
+                    await remote.put(target, key, media_type=stored.facts.mime)
+                    if stored.has_poster:
+                        await remote.put(_poster_path(target), key + POSTER_SUFFIX, media_type="image/jpeg")
+            except StorageFailed as problem:
+                output.upload_error = str(problem)
+                remote = None
+        if stored.has_poster:
+            output.poster_url = "poster"  # `_link` writes the real one
+        await self._link(output, key, remote, where.expires_in_s)
+
+    async def _link(self, output: OutputEntry, key: str, remote: Storage | None, expires_in_s: float) -> None:
+        store = remote or self._local
+        try:
+            signed = await store.url(key, expires_in_s=expires_in_s)
+            output.url, output.url_expires_at = signed.url, signed.expires_at
+            if output.poster_url:
+                output.poster_url = (await store.url(key + POSTER_SUFFIX, expires_in_s=expires_in_s)).url
+        except StorageFailed as problem:
+            output.upload_error = str(problem)
+
+    async def _attach_base64(self, outputs: Sequence[OutputEntry]) -> None:
+        left = self._base64_max_bytes
+        for output in outputs:
+            if output.error or output.size_bytes is None:
+                continue
+            if output.size_bytes > left:
+                output.error = f"not given as base64: over the limit of {self._base64_max_bytes} bytes for one answer"
+                continue
+            left -= output.size_bytes
+            data = await anyio.to_thread.run_sync(Path(output.local_path).read_bytes)
+            output.data = base64.b64encode(data).decode()
+            output.mimetype = output.mime
+
+    def _expiry(self, request: GenerateInput) -> float:
+        return request.expires_s or request.s3.expires_s or self._url_expires_s
+
+    def _key_of(self, output: OutputEntry) -> str:
+        """The key that an entry was stored under, from its local path."""
+        try:
+            return Path(output.local_path).relative_to(self._local.root).as_posix() if output.local_path else ""
+        except ValueError:
+            return ""
+
+
+def storage_keys(named: Sequence[NamedFile], request_id: str) -> list[str]:
+    """`<request_id>/<sub-folders>/<name>` for each, "" for a name that leaves its folder; two files never share one."""
+    owner: dict[str, tuple[str, str, str | None]] = {}
+    keys = []
+    for one in named:
+        relative = relative_path(one)
+        if relative is None:
+            keys.append("")
+            continue
+        what = (one.type, str(relative), one.text)
+        # A temp file may have an output file's name; then its type, and at last its node, tells them apart.
+        for middle in ("", f"{one.type}/", f"node-{one.node_id}/"):
+            key = f"{request_id}/{middle}{relative}"
+            if owner.setdefault(key, what) == what:
+                break
+        keys.append(key)
+    return keys
+
+
+def missing_files(entry: Mapping[str, Any], folders: Mapping[str, Path]) -> list[NamedFile]:
+    """Files that a history entry names and that are gone: a cached answer that must be rendered again. Blocking."""
+    gone = []
+    for one in named_files(entry):
+        source = located(one, folders)
+        if one.text is None and source is not None and not source.is_file():
+            gone.append(one)
+    return gone
+
+
+def _keep(source: Path | None, text: str | None, target: Path, folder: Path | None, copy: bool) -> _Stored:
+    """Place one file at `target` and look at it. Blocking; raises OSError."""
+    if text is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+    elif source is not None and folder is not None:
+        real = source.resolve(strict=True)
+        if not real.is_relative_to(folder.resolve()) or not real.is_file():
+            raise FileNotFoundError(source.name)
+        place(real, target, copy or real.stat().st_size < COPY_BELOW_BYTES)
+    facts = media_facts(target)
+    picture = poster(target) if facts.kind == "video" else None
+    if picture is not None:
+        _poster_path(target).write_bytes(picture)
+    return _Stored(
+        size_bytes=target.stat().st_size,
+        sha256=_sha256(target),
+        facts=facts,
+        has_poster=picture is not None,
+        peaks=peaks(target, facts.duration_s) if facts.kind == "audio" else None,
+    )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    buffer = bytearray(_HASH_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def _poster_path(path: Path) -> Path:
+    return path.with_name(path.name + POSTER_SUFFIX)
+
+
+def _describe(output: OutputEntry, stored: _Stored) -> None:
+    facts = stored.facts
+    output.kind, output.mime = facts.kind, facts.mime
+    output.size_bytes, output.sha256 = stored.size_bytes, stored.sha256
+    output.duration_s, output.width, output.height = facts.duration_s, facts.width, facts.height
+    output.fps, output.frames = facts.fps, facts.frames
+    output.channels, output.sample_rate = facts.channels, facts.sample_rate
+    output.peaks = stored.peaks
