@@ -7,9 +7,13 @@ from the CPU's generator wherever the network runs, so it is the same on every d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
+import torchsde
 from torch import Tensor
+
+PATH_DIGITS = 6
 
 # (sigma now, sigma next) -> unit normal noise of the latent's shape
 NoiseSource = Callable[[Tensor, Tensor], Tensor]
@@ -43,17 +47,21 @@ def brownian_noise(x: Tensor, sigmas: Tensor, seed: int, *, on_cpu: bool) -> Noi
 
     A path, unlike fresh noise, gives nearly the same picture at any number of steps.
     Source: Li et al. 2020, virtual Brownian tree, as torchsde has it. `on_cpu` draws it there whatever x's device.
+    The path is made at the first increment: a run of one step asks for none, and has no interval to make it over.
     """
-    import torchsde  # loads scipy's integrators; only the SDE samplers need it
-
     device = torch.device("cpu") if on_cpu else x.device
-    low, high = sigmas[sigmas > 0].min().to(device), sigmas.max().to(device)
-    tree = torchsde.BrownianTree(low, torch.zeros_like(x, device=device), high, entropy=seed)
+    # torchsde rounds the ends of its interval like this, and complains about times outside it.
+    low = round(float(sigmas[sigmas > 0].min()), PATH_DIGITS)
+    high = round(float(sigmas.max()), PATH_DIGITS)
+
+    @cache
+    def path() -> torchsde.BrownianTree:
+        start = torch.zeros(x.shape, dtype=x.dtype, device=device)
+        return torchsde.BrownianTree(low, start, high, entropy=seed, tol=10**-PATH_DIGITS)
 
     def increment(sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        earlier, later = sigma.to(device), sigma_next.to(device)
-        falling = bool(earlier > later)
-        moved = tree(later, earlier) * -1 if falling else tree(earlier, later)
+        before, after = (min(max(float(level), low), high) for level in (sigma, sigma_next))
+        moved = -path()(after, before) if before > after else path()(before, after)
         return moved.to(x.device) / (sigma_next - sigma).abs().sqrt()
 
     return increment

@@ -44,6 +44,11 @@ class SamplerRun:
 Sampler = Callable[[SamplerRun, Tensor], Tensor]
 
 
+def noised(noise: Tensor, latent: Tensor, sigma: Tensor, *, is_flow: bool) -> Tensor:
+    """A clean latent brought to noise level sigma."""
+    return sigma * noise + (1.0 - sigma) * latent if is_flow else latent + noise * sigma
+
+
 def half_log_snr(run: SamplerRun, sigma: Tensor) -> Tensor:
     """lambda = log(alpha / sigma): flow has alpha = 1 - sigma, the variance-exploding form alpha = 1."""
     return sigma.logit().neg() if run.is_flow else sigma.log().neg()

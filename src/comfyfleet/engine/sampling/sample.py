@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from comfyfleet.engine.sampling.guidance import Guide
 from comfyfleet.engine.sampling.noise import initial_noise
-from comfyfleet.engine.sampling.run import Denoise, SamplerRun
+from comfyfleet.engine.sampling.run import Denoise, SamplerRun, noised
 from comfyfleet.engine.sampling.samplers import SAMPLERS
 from comfyfleet.engine.values import Conditioning, ConditioningEntry, DiffusionModel
 
@@ -61,7 +61,7 @@ def sample(
         masked_noise = initial_noise(noise, seed + 1).to(device) if sampler_name == "ddim" else noise
 
         def shown(x: Tensor, sigma: Tensor) -> Tensor:
-            kept = _noised(masked_noise, latent, sigma, is_flow=is_flow)
+            kept = noised(masked_noise, latent, sigma, is_flow=is_flow)
             return x * mask + kept * (1.0 - mask)
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
@@ -86,11 +86,8 @@ def sample(
         seed=seed,
         on_step=on_step,
     )
-    largest = float(model.sigmas.sigmas[-1])
-    is_from_pure_noise = math.isclose(largest, float(sigmas[0]), rel_tol=1e-5) or float(sigmas[0]) > largest
     try:
-        x = _noised(noise, latent, run.sigmas[0], is_flow=is_flow, is_from_pure_noise=is_from_pure_noise)
-        x = SAMPLERS[sampler_name](run, x)
+        x = SAMPLERS[sampler_name](run, _entered(noise, latent, run))
     finally:
         model.network.end_of_run()
     if is_flow:
@@ -98,12 +95,13 @@ def sample(
     return model.latent_format.from_network(x.to(device="cpu", dtype=torch.float32))
 
 
-def _noised(noise: Tensor, latent: Tensor, sigma: Tensor, *, is_flow: bool, is_from_pure_noise: bool = False) -> Tensor:
-    """The latent at noise level sigma."""
-    if is_flow:
-        return sigma * noise + (1.0 - sigma) * latent
-    # At the largest sigma the picture's own variance, 1, is made up for.
-    return noise * (torch.sqrt(1.0 + sigma**2.0) if is_from_pure_noise else sigma) + latent
+def _entered(noise: Tensor, latent: Tensor, run: SamplerRun) -> Tensor:
+    """The x that a run begins with: the latent at the first sigma's level."""
+    sigma, largest = run.sigmas[0], run.table.sigmas[-1]
+    if not run.is_flow and (sigma > largest or math.isclose(sigma, largest, rel_tol=1e-5)):
+        # At the top the picture's own variance, 1, is made up for.
+        return noise * torch.sqrt(1.0 + sigma**2.0) + latent
+    return noised(noise, latent, sigma, is_flow=run.is_flow)
 
 
 def _mask_like(mask: Tensor, latent: Tensor) -> Tensor:
