@@ -1,0 +1,64 @@
+"""`POST /worker_status/` and `POST /delete_requests/`: what workers say. The worker's token is in the body.
+
+A report that is refused (401) changes nothing. Unknown fields are ignored and missing ones have defaults, since
+bootstrap scripts post partial reports.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from comfyfleet.control.reports import Reports
+from comfyfleet.web import control_error
+from comfyfleet.wire.errors import BadRequest, FleetError
+from comfyfleet.wire.workers import FinishedRequests, WorkerStatusReport
+
+MAX_BODY_BYTES = 4 * 1024 * 1024
+
+_status = msgspec.json.Decoder(WorkerStatusReport)
+_finished = msgspec.json.Decoder(FinishedRequests)
+T = TypeVar("T")
+_OK = b'{"success":true}'
+
+
+class ReportApi:
+    """Handlers over one registry."""
+
+    def __init__(self, reports: Reports) -> None:
+        self._reports = reports
+
+    def routes(self) -> list[BaseRoute]:
+        return [
+            Route("/worker_status/", self.status, methods=["POST"]),
+            Route("/delete_requests/", self.finished, methods=["POST"]),
+        ]
+
+    async def status(self, request: Request) -> Response:
+        try:
+            self._reports.status(_decode(await request.body(), _status))
+        except FleetError as error:
+            return control_error(error)
+        return Response(_OK, media_type="application/json")
+
+    async def finished(self, request: Request) -> Response:
+        try:
+            self._reports.finished(_decode(await request.body(), _finished))
+        except FleetError as error:
+            return control_error(error)
+        return Response(_OK, media_type="application/json")
+
+
+def _decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    if len(body) > MAX_BODY_BYTES:
+        raise BadRequest(f"the body is over {MAX_BODY_BYTES} bytes")
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise BadRequest(str(error)) from error
+    except msgspec.DecodeError as error:
+        raise BadRequest("the body is not JSON") from error

@@ -1,0 +1,352 @@
+"""How many workers, and which: one pure function of `ScalingInputs`. It never asks for a stop of a leased worker.
+
+Growing is immediate: take back a drain, then wake inactive workers, then create. Shrinking waits as long as starting
+a worker takes (a worker stopped too early costs a start, one kept too long costs idle time; waiting for the price of
+the other is at most twice the best). Failing starts are told apart from missing capacity, and paid time that leads to
+no ready worker is bounded.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import msgspec
+
+from comfyfleet.control.breaker import after_boots, may_start, start_refusal
+from comfyfleet.control.scaling import Action, Decision, GroupFacts, Memory, ScalingInputs, Verb, WorkerFacts
+from comfyfleet.control.targets import (
+    active_floor,
+    active_target,
+    is_quiet,
+    predicted_load,
+    queue_target,
+    total_target,
+    workers_for,
+)
+from comfyfleet.control.updates import update_actions
+from comfyfleet.control.waiting_reasons import waiting_reason
+from comfyfleet.control.worker_states import ACTIVE, BOOTING, WorkerState
+
+# An unknown score is taken for this until the first benchmark: 100 load units in 100 s.
+DEFAULT_PERF = 1.0
+MIN_DOWN_DELAY_S = 10.0
+MAX_DOWN_DELAY_S = 300.0
+COLD_DOWN_DELAY_S = 600.0
+# The cold pool must be this much too big before it shrinks.
+COLD_SLACK = 1.3
+# Restarted at most so often in a row, then replaced.
+MAX_FAILURES = 3
+# A failed worker that nobody misses is kept so long, for its logs.
+UNNEEDED_S = 120.0
+
+
+def decide(inputs: ScalingInputs) -> Decision:
+    """What to do now. Every number it used is in its result or in its inputs."""
+    policy, workers, now = inputs.policy, inputs.workers, inputs.now
+    memory = after_boots(inputs)
+    inputs = msgspec.structs.replace(inputs, memory=memory)
+    if policy.state == "suspended":
+        return _nothing(inputs, "Suspended: nothing is started or stopped.")
+    if policy.state in ("stopped", "destroyed"):
+        return _wind_down(inputs)
+    perf = typical_perf(workers)
+    service_s = memory.mean_cost / perf
+    has_work = inputs.demand.waiting > 0 or any(worker.is_leased for worker in workers)
+    last_at = max([inputs.demand.rates.last_arrival_at, *(worker.last_work_at for worker in workers)])
+    idle_s = 0.0 if has_work else now - last_at
+    load = 0.0
+    if not is_quiet(policy, idle_s=idle_s, wake_s=memory.wake_s):
+        load = predicted_load(inputs.demand, service_s=service_s, lead_s=memory.wake_s)
+    active = [worker for worker in workers if worker.state in ACTIVE and worker.intent not in ("stop", "destroy")]
+    backlog = sum(worker.backlog for worker in active)
+    by_rate = active_target(policy, load)
+    by_queue = queue_target(policy, inputs.demand, backlog=backlog, perf=perf)
+    target = max(by_rate, by_queue)
+    is_hard = by_queue > by_rate
+    floor = active_floor(policy, active_now=len(active), idle_s=idle_s)
+    if inputs.demand.waiting:
+        floor = max(floor, 1)
+    total = total_target(policy, active_target(policy, load))
+    frame = Frame(inputs=inputs, perf=perf, target=target, floor=floor, total=total, active=tuple(active))
+    actions, why = _steps(frame, is_hard=is_hard)
+    memory = _remember(frame)
+    return Decision(
+        actions=tuple(actions),
+        sentence=_sentence(frame, actions, why, load),
+        reason=waiting_reason(inputs, actions),
+        predicted_load=load,
+        active_target=target,
+        total_target=total,
+        memory=memory,
+    )
+
+
+class Frame(msgspec.Struct, frozen=True, kw_only=True):
+    """What one decision has worked out so far. target and total are load/s, floor is workers."""
+
+    inputs: ScalingInputs
+    perf: float
+    target: float
+    floor: int
+    total: float
+    active: tuple[WorkerFacts, ...]
+
+    def score(self, worker: WorkerFacts) -> float:
+        return worker.perf or self.perf
+
+    def carries(self, workers: list[WorkerFacts] | tuple[WorkerFacts, ...]) -> bool:
+        """These workers are enough to be active."""
+        return len(workers) >= self.floor and sum(map(self.score, workers)) >= self.target - 1e-9
+
+    @property
+    def down_delay_s(self) -> float:
+        return min(max(self.inputs.memory.wake_s, MIN_DOWN_DELAY_S), MAX_DOWN_DELAY_S)
+
+
+def typical_perf(workers: tuple[WorkerFacts, ...]) -> float:
+    """Median of the known scores."""
+    known = [worker.perf for worker in workers if worker.perf > 0]
+    return statistics.median(known) if known else DEFAULT_PERF
+
+
+def _steps(frame: Frame, *, is_hard: bool) -> tuple[list[Action], str]:
+    """The first of these that has something to do: repair, update, cap, grow, fill the cold pool, shrink."""
+    inputs = frame.inputs
+    if leftovers := _of_deleted_groups(inputs):
+        return leftovers, "their workergroup is deleted"
+    if repairs := _repairs(frame):
+        return repairs, "it failed"
+    if updates := update_actions(inputs):
+        return updates, "a newer version of the workergroup is rolled out"
+    if surplus := _over_cap(frame):
+        return surplus, f"max_workers is {inputs.policy.max_workers}"
+    if not frame.carries(frame.active):
+        why = "the queue is over target_queue_time" if is_hard else "expected load asks for it"
+        if not frame.active and inputs.demand.waiting:
+            why = f"{_requests(inputs.demand.waiting)} and no worker is active"
+        return _grow(frame), why
+    if cold := _fill_cold(frame):
+        return cold, "the cold pool is below its floor"
+    return _shrink(frame)
+
+
+def _of_deleted_groups(inputs: ScalingInputs) -> list[Action]:
+    deleted = {group.id for group in inputs.groups if group.is_deleted}
+    return [
+        Action(verb=Verb.DESTROY, group_id=worker.group_id, worker_id=worker.id)
+        for worker in inputs.workers
+        if worker.group_id in deleted and worker.intent != "destroy" and worker.state is not WorkerState.DESTROYING
+    ]
+
+
+def _repairs(frame: Frame) -> list[Action]:
+    """A failed worker that is needed is restarted after a pause, at most twice in a row; others are let go."""
+    inputs = frame.inputs
+    actions = []
+    for worker in inputs.workers:
+        if worker.state is not WorkerState.ERROR or worker.is_foreign or worker.is_leased or worker.intent:
+            continue
+        is_needed = not frame.carries(frame.active) or len(inputs.workers) <= inputs.policy.cold_workers
+        if worker.failures >= MAX_FAILURES or (not is_needed and inputs.now - worker.state_since > UNNEEDED_S):
+            actions.append(Action(verb=Verb.DESTROY, group_id=worker.group_id, worker_id=worker.id))
+        elif is_needed and inputs.now - worker.state_since >= 2.0 * 2**worker.failures and may_start(inputs):
+            actions.append(Action(verb=Verb.REBOOT, group_id=worker.group_id, worker_id=worker.id))
+    return actions
+
+
+def _over_cap(frame: Frame) -> list[Action]:
+    """More workers than max_workers: inactive ones go first, then idle ones, worst first."""
+    ours = [worker for worker in frame.inputs.workers if worker.intent != "destroy"]
+    count = len(ours) - frame.inputs.policy.max_workers
+    if count <= 0:
+        return []
+    order = sorted(ours, key=lambda worker: (worker.state in ACTIVE, worker.is_leased, -_price_per_perf(frame, worker)))
+    return [Action(verb=Verb.DESTROY, group_id=worker.group_id, worker_id=worker.id) for worker in order[:count]]
+
+
+def _grow(frame: Frame) -> list[Action]:
+    """Take back drains, wake, create, until the target is carried or the cap is reached."""
+    inputs = frame.inputs
+    active = list(frame.active)
+    actions: list[Action] = []
+    draining = [worker for worker in inputs.workers if worker.intent == "stop" and worker.state in ACTIVE]
+    stopped = [worker for worker in inputs.workers if worker.state is WorkerState.STOPPED and not worker.intent]
+    for worker, verb in [
+        *((worker, Verb.KEEP) for worker in sorted(draining, key=frame.score, reverse=True)),
+        *((worker, Verb.WAKE) for worker in sorted(stopped, key=frame.score, reverse=True)),
+    ]:
+        if frame.carries(active):
+            return actions
+        if verb is Verb.WAKE and not may_start(inputs):
+            continue
+        actions.append(Action(verb=verb, group_id=worker.group_id, worker_id=worker.id))
+        active.append(worker)
+    group = _recruiting_group(inputs)
+    if frame.carries(active) or group is None or start_refusal(inputs):
+        return actions
+    missing = frame.target - sum(map(frame.score, active))
+    wanted = max(workers_for(missing, frame.perf), frame.floor - len(active))
+    if not any(worker.perf for worker in inputs.workers):
+        # Nobody knows yet what a worker can do here: learn from a few first.
+        wanted = min(wanted, max(0, group.test_workers - len(active)))
+    room = inputs.policy.max_workers - len(inputs.workers)
+    actions.extend(Action(verb=Verb.CREATE, group_id=group.id) for _ in range(min(wanted, max(0, room))))
+    return actions
+
+
+def _fill_cold(frame: Frame) -> list[Action]:
+    """Create what the total lacks: they start, are benchmarked, and become inactive."""
+    inputs = frame.inputs
+    group = _recruiting_group(inputs)
+    living = [worker for worker in inputs.workers if worker.intent != "destroy"]
+    room = inputs.policy.max_workers - len(living)
+    if room <= 0 or group is None or start_refusal(inputs):
+        return []
+    by_count = inputs.policy.cold_workers - len(living)
+    by_load = 0
+    if any(worker.perf for worker in living):
+        by_load = workers_for(frame.total - sum(map(frame.score, living)), frame.perf)
+    booting = sum(worker.state in BOOTING for worker in living)
+    # One after another beyond the first: a pool is no emergency, and what boots may already be enough.
+    wanted = min(max(by_count, by_load), room, max(0, max(1, group.test_workers) - booting))
+    return [Action(verb=Verb.CREATE, group_id=group.id) for _ in range(wanted)]
+
+
+def _shrink(frame: Frame) -> tuple[list[Action], str]:
+    """Stop idle workers that are not needed, then let go of a cold pool that is far too big."""
+    inputs, now = frame.inputs, frame.inputs.now
+    spare = _spare_active(frame)
+    over_since = inputs.memory.over_since
+    actions = [
+        Action(verb=Verb.STOP, group_id=worker.group_id, worker_id=worker.id)
+        for worker in spare
+        # One that was never needed becomes inactive straight after its benchmark.
+        if not worker.last_work_at or (over_since and now - over_since >= frame.down_delay_s)
+    ]
+    if actions:
+        return actions, "active capacity is more than the load needs"
+    cold_since = inputs.memory.cold_over_since
+    if cold_since and now - cold_since >= COLD_DOWN_DELAY_S and (surplus := _cold_surplus(frame)):
+        destroy = Action(verb=Verb.DESTROY, group_id=surplus[0].group_id, worker_id=surplus[0].id)
+        return [destroy], "the cold pool is larger than it has to be"
+    return [], ""
+
+
+def _spare_active(frame: Frame) -> list[WorkerFacts]:
+    """Idle, unleased workers that the target does without; worst price for performance first."""
+    keep = [worker for worker in frame.active if worker.state is not WorkerState.ERROR]
+    spare = []
+    for worker in sorted(frame.active, key=lambda worker: -_price_per_perf(frame, worker)):
+        if worker.state is not WorkerState.IDLE or worker.is_leased or worker.intent or worker.is_foreign:
+            continue
+        without = [other for other in keep if other.id != worker.id]
+        if frame.carries(without):
+            keep = without
+            spare.append(worker)
+    return spare
+
+
+def _cold_surplus(frame: Frame) -> list[WorkerFacts]:
+    """Inactive workers beyond what cold_workers, cold_mult and min_cold_load ask for, with some slack."""
+    living = [worker for worker in frame.inputs.workers if worker.intent != "destroy"]
+    stopped = [worker for worker in living if worker.state is WorkerState.STOPPED and not worker.is_foreign]
+    surplus = []
+    total = sum(map(frame.score, living))
+    count = len(living)
+    for worker in sorted(stopped, key=lambda worker: -_price_per_perf(frame, worker)):
+        left = total - frame.score(worker)
+        if count - 1 < frame.inputs.policy.cold_workers or left < frame.total * COLD_SLACK:
+            continue
+        surplus.append(worker)
+        total, count = left, count - 1
+    return surplus
+
+
+def _price_per_perf(frame: Frame, worker: WorkerFacts) -> float:
+    """Money for work done; where nothing has a price, the slower worker is the dearer one."""
+    return (worker.price_hour or 1.0) / frame.score(worker)
+
+
+def _recruiting_group(inputs: ScalingInputs) -> GroupFacts | None:
+    """The group with the fewest workers, the oldest of equals."""
+    counts = {group.id: 0 for group in inputs.groups if not group.is_deleted}
+    for worker in inputs.workers:
+        if worker.group_id in counts:
+            counts[worker.group_id] += 1
+    best = min(counts, key=lambda group_id: (counts[group_id], group_id), default=None)
+    return next((group for group in inputs.groups if group.id == best), None)
+
+
+def _remember(frame: Frame) -> Memory:
+    memory, now = frame.inputs.memory, frame.inputs.now
+    is_over = bool(_spare_active(frame)) and frame.carries(frame.active)
+    return msgspec.structs.replace(
+        memory,
+        decided_at=now,
+        over_since=(memory.over_since or now) if is_over else 0.0,
+        cold_over_since=(memory.cold_over_since or now) if _cold_surplus(frame) else 0.0,
+    )
+
+
+def _wind_down(inputs: ScalingInputs) -> Decision:
+    """Stopped: everything becomes inactive. Destroyed: everything goes. Both drain first."""
+    is_destroyed = inputs.policy.state == "destroyed"
+    verb = Verb.DESTROY if is_destroyed else Verb.STOP
+    actions = [
+        Action(verb=verb, group_id=worker.group_id, worker_id=worker.id)
+        for worker in inputs.workers
+        if worker.intent not in ("destroy", str(verb)) and (is_destroyed or worker.state in ACTIVE)
+    ]
+    word = "being deleted" if is_destroyed else "stopped"
+    sentence = f"The endpoint is {word}: {len(actions)} of {len(inputs.workers)} workers are drained and ended."
+    return _nothing(inputs, sentence, actions)
+
+
+def _nothing(inputs: ScalingInputs, sentence: str, actions: Sequence[Action] = ()) -> Decision:
+    return Decision(
+        actions=tuple(actions),
+        sentence=sentence,
+        reason=waiting_reason(inputs, actions),
+        predicted_load=0.0,
+        active_target=0.0,
+        total_target=0.0,
+        memory=msgspec.structs.replace(inputs.memory, decided_at=inputs.now, over_since=0.0, cold_over_since=0.0),
+    )
+
+
+_VERBS = {
+    Verb.CREATE: "Create",
+    Verb.WAKE: "Wake",
+    Verb.KEEP: "Keep",
+    Verb.STOP: "Stop",
+    Verb.DESTROY: "Destroy",
+    Verb.REBOOT: "Restart",
+    Verb.UPDATE: "Update",
+}
+
+
+def _sentence(frame: Frame, actions: Sequence[Action], why: str, load: float) -> str:
+    capacity = sum(map(frame.score, frame.active))
+    numbers = (
+        f"{load:.3g} load/s expected, {capacity:.3g} load/s active in {len(frame.active)} workers, "
+        f"{frame.target:.3g} wanted"
+    )
+    if not actions:
+        refusal = start_refusal(frame.inputs) if not frame.carries(frame.active) else ""
+        return f"Nothing to do: {refusal or numbers}."
+    parts = []
+    for verb in dict.fromkeys(action.verb for action in actions):
+        of_verb = [action for action in actions if action.verb is verb]
+        known = [str(action.worker_id) for action in of_verb if action.worker_id]
+        what = f"worker{'s' * (len(known) > 1)} {', '.join(known)}" if known else _counted(len(of_verb), "worker")
+        parts.append(f"{_VERBS[verb]} {what}")
+    return f"{'; '.join(parts)}: {why} ({numbers})."
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _requests(count: int) -> str:
+    return f"{_counted(count, 'request')} {'waits' if count == 1 else 'wait'}"

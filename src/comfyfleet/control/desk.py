@@ -1,0 +1,395 @@
+"""The desk in front of the line: takes a request, and answers with a worker or with a place in the queue.
+
+Both doors lead here: `/route/` and the dispatcher of durable jobs. Synchronous and in memory; a caller that may wait
+holds on to `RouteTicket.changed`. What the desk is not: it chooses no worker (`router`) and scales nothing.
+
+A returning request is one whose caller came back after it had its worker. It goes back to that worker as long as the
+worker still lists it (the repeat joins the running job). If it comes back from there too, or the worker never heard of
+it, the worker is left out for this request for a while, and in quarantine for all after a second strike. Returns are
+answered more and more slowly, so a caller in a tight loop costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from comfyfleet.clock import Clock
+from comfyfleet.control.demand import Backlog, Demand, DemandMeter, DemandRates
+from comfyfleet.control.load import Booking
+from comfyfleet.control.numbers import Numbers
+from comfyfleet.control.route_queue import Phase, RouteQueue, RouteTicket
+from comfyfleet.control.router import Refusal, Want, choose
+from comfyfleet.control.tickets import TICKET_LIFETIME_S, Tickets
+from comfyfleet.control.worker import Worker
+from comfyfleet.control.workers import Folded, Workers
+from comfyfleet.ids import Ids
+from comfyfleet.wire.routing import RouteReady, RouteWaiting
+from comfyfleet.wire.tickets import TicketClaims
+from comfyfleet.wire.workers import FinishedRequest, FinishedRequests
+
+# How long a booked worker waits for the caller's next poll (the public client polls at least each 5 s).
+GRANT_S = 7.0
+# A worker that failed a request is not tried again with it for so long.
+EXCLUDED_S = 10.0
+FULL_S = 2.0
+REJOIN_S = 10.0
+# A second caller that cannot reach a worker within this time puts it in quarantine.
+STRIKE_WINDOW_S = 15.0
+_THROTTLE_FIRST_S = 0.06
+_THROTTLE_CAP_S = 2.0
+
+
+class TakeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request at the desk. held: a durable job, whose booking ends only by a report or `release`."""
+
+    endpoint_id: int
+    endpoint_name: str
+    max_queue_time: float
+    scope: str
+    cost: float = 100.0
+    request_idx: int = 0
+    replay_timeout: float = 60.0
+    models: frozenset[str] = frozenset()
+    shape: str = ""
+    held: bool = False
+    excluded: frozenset[int] = frozenset()
+
+
+class Placed(msgspec.Struct, frozen=True, kw_only=True):
+    """The chosen worker and the answer to give."""
+
+    worker_id: int
+    answer: RouteReady
+
+
+class Waits(msgspec.Struct, frozen=True, kw_only=True):
+    """A place in the line. ticket.changed fires when there is news; not_before: no earlier answer (throttled)."""
+
+    ticket: RouteTicket
+    answer: RouteWaiting
+
+
+class Desk:
+    """One for the whole control plane."""
+
+    def __init__(
+        self, *, workers: Workers, tickets: Tickets, numbers: Numbers, reqnums: Numbers, clock: Clock, ids: Ids
+    ) -> None:
+        self.queue = RouteQueue()
+        self.reasons: dict[int, str] = {}  # endpoint -> why it waits, as the reconciler last saw it
+        self._workers = workers
+        self._tickets = tickets
+        self._numbers = numbers
+        self._reqnums = reqnums
+        self._clock = clock
+        self._ids = ids
+        self._max_queue_time: dict[int, float] = {}
+        self._meters: dict[int, DemandMeter] = {}
+        self._strikes: dict[int, float] = {}  # worker -> when somebody could not reach it
+        self._adopted: dict[int, int] = {}  # request -> worker that listed it before its caller came back
+        self._backlogs: dict[int, Backlog] = {}
+        self.on_first_wait: Callable[[], None] = lambda: None
+
+    # --- the doors -----------------------------------------------------------------------------------------------
+    def take(self, request: TakeRequest) -> Placed | Waits:
+        """A worker for the request, or its place in the line."""
+        now = self._clock.now()
+        self._max_queue_time[request.endpoint_id] = request.max_queue_time
+        ticket = self._known(request, now)
+        if ticket is None:
+            ticket = self._enter(request, now)
+        else:
+            ticket.polled_at = now
+            ticket.replay_timeout = request.replay_timeout
+            ticket.uncollected = False
+            if ticket.phase in (Phase.ASSIGNED, Phase.FINISHED):
+                self._returned(ticket, now)
+        for worker_id in request.excluded:
+            ticket.excluded[worker_id] = now + EXCLUDED_S
+        if ticket.phase is Phase.WAITING:
+            self.serve(ticket.endpoint_id, now)
+        if ticket.phase is Phase.GRANTED and now >= ticket.not_before:
+            worker = self._workers.get(ticket.worker_id)
+            if worker is not None:
+                self.queue.leave(ticket, Phase.ASSIGNED, worker.id, now)
+                return Placed(worker_id=worker.id, answer=self._ready(request, ticket, worker, now))
+            self.queue.wait_again(ticket, now)
+        if self.queue.waiting_count(ticket.endpoint_id) == 1:
+            self.on_first_wait()
+        return Waits(ticket=ticket, answer=self._waiting(request, ticket))
+
+    def release(self, request_idx: int) -> None:
+        """The holder of a durable job is done with its booking; the ticket is forgotten in time."""
+        ticket = self.queue.get(request_idx)
+        if ticket is None:
+            return
+        now = self._clock.now()
+        if ticket.worker_id and self._workers.get(ticket.worker_id) is not None:
+            self._workers.load(ticket.worker_id).finish(request_idx, now)
+        self.queue.leave(ticket, Phase.FINISHED, ticket.worker_id, now)
+        self.serve(ticket.endpoint_id, now)
+
+    def set_backlog(self, endpoint_id: int, *, jobs: int, cost: float, oldest_at: float) -> None:
+        """Durable jobs that wait elsewhere: demand like any other."""
+        self._backlogs[endpoint_id] = Backlog(jobs=jobs, cost=cost, oldest_at=oldest_at)
+
+    def arrived(self, endpoint_id: int, cost: float) -> None:
+        """Work that arrived by another door and will pass the desk later (a durable job)."""
+        now = self._clock.now()
+        self._meters.setdefault(endpoint_id, DemandMeter()).arrived(cost, now)
+
+    # --- what workers say ----------------------------------------------------------------------------------------
+    def heard(self, folded: Folded, working: tuple[int, ...]) -> None:
+        """A worker reported: adopt what it has, serve the line if that made room."""
+        now = self._clock.now()
+        worker = folded.after
+        for request_idx in folded.adopted:
+            ticket = self.queue.get(request_idx)
+            if ticket is None:
+                self._adopted[request_idx] = worker.id
+            elif ticket.phase is Phase.WAITING:
+                self.queue.leave(ticket, Phase.ASSIGNED, worker.id, now)
+        self.serve(worker.endpoint_id, now)
+
+    def finished(self, worker: Worker, report: FinishedRequests) -> int:
+        """Fold `/delete_requests/` in; unknown tickets are ignored. Returns how many were known."""
+        now = self._clock.now()
+        load = self._workers.load(worker.id)
+        known = 0
+        for entry in finished_entries(report):
+            booking = load.finish(entry.request_idx, now)
+            self._adopted.pop(entry.request_idx, None)
+            ticket = self.queue.get(entry.request_idx)
+            if ticket is not None and ticket.phase is Phase.ASSIGNED and ticket.worker_id == worker.id:
+                self.queue.leave(ticket, Phase.FINISHED, worker.id, now)
+                if entry.status == "Rejected":
+                    ticket.excluded[worker.id] = now + FULL_S
+                elif not entry.success:
+                    ticket.excluded[worker.id] = now + EXCLUDED_S
+                elif entry.status != "Cancelled":
+                    ticket.preferred = worker.id
+            known += booking is not None
+            if entry.success and entry.status != "Cancelled":
+                self._strikes.pop(worker.id, None)
+                self._workers.vouch(worker.id, now)
+        self.serve(worker.endpoint_id, now)
+        return known
+
+    def lost(self, worker_id: int, request_idxs: list[int]) -> None:
+        """A worker is gone with these requests: their callers will come back and wait in their old places."""
+        now = self._clock.now()
+        for request_idx in request_idxs:
+            self._adopted.pop(request_idx, None)
+            ticket = self.queue.get(request_idx)
+            if ticket is not None and ticket.worker_id == worker_id and ticket.phase is not Phase.FINISHED:
+                if ticket.phase is Phase.GRANTED:
+                    self.queue.wait_again(ticket, now)
+                else:
+                    self.queue.leave(ticket, Phase.FINISHED, worker_id, now)
+                    ticket.excluded[worker_id] = now + EXCLUDED_S
+
+    def regrant(self, worker_id: int) -> None:
+        """A worker begins to drain: requests booked there whose callers have not heard yet go elsewhere."""
+        now = self._clock.now()
+        for request_idx in list(self.queue.granted):
+            ticket = self.queue.get(request_idx)
+            if ticket is not None and ticket.worker_id == worker_id:
+                self._workers.load(worker_id).finish(request_idx, now)
+                self.queue.wait_again(ticket, now)
+
+    # --- the line ------------------------------------------------------------------------------------------------
+    def serve(self, endpoint_id: int, now: float) -> None:
+        """Book workers for the line, front first, as long as there is room."""
+        if not self.queue.waiting_count(endpoint_id):
+            return
+        set_aside = []
+        for ticket in self.queue.line(endpoint_id):
+            if ticket.uncollected:
+                set_aside.append(ticket)
+                continue
+            chosen = self._choose(ticket, now)
+            if isinstance(chosen, Refusal):
+                set_aside.append(ticket)
+                if chosen is not Refusal.ALL_EXCLUDED:
+                    break
+                continue
+            self._workers.book(
+                chosen, Booking(request_idx=ticket.request_idx, cost=ticket.want.cost, at=now, held=ticket.held)
+            )
+            self.queue.leave(ticket, Phase.GRANTED, chosen, now)
+        for ticket in set_aside:
+            self.queue.put_back(ticket)
+
+    def sweep(self) -> None:
+        """Each second: forget tickets without polls, take back uncollected grants, serve every line."""
+        now = self._clock.now()
+        busy = {idx for worker in self._workers.all() for idx in self._workers.load(worker.id).requests()}
+        for ticket in self.queue.expire(now, busy - self.queue.granted):
+            if ticket.phase is Phase.GRANTED and self._workers.get(ticket.worker_id) is not None:
+                self._workers.load(ticket.worker_id).finish(ticket.request_idx, now)
+        for request_idx in list(self.queue.granted):
+            granted = self.queue.get(request_idx)
+            if granted is not None and now - max(granted.phase_at, granted.polled_at) > GRANT_S:
+                if self._workers.get(granted.worker_id) is not None:
+                    self._workers.load(granted.worker_id).finish(request_idx, now)
+                granted.uncollected = True
+                self.queue.wait_again(granted, now)
+        for endpoint_id in list(self._max_queue_time):
+            self.serve(endpoint_id, now)
+
+    # --- what others ask -----------------------------------------------------------------------------------------
+    def new_number(self) -> int:
+        """A fresh `request_idx`."""
+        return self._numbers.next()
+
+    def why(self, endpoint_id: int) -> str:
+        """One sentence: why a request waits here, and what comes next."""
+        return self.reasons.get(endpoint_id, "no decision has been made yet; the first comes within a second")
+
+    def demand(self, endpoint_id: int) -> Demand:
+        """What waits and what arrives, for the autoscaler."""
+        now = self._clock.now()
+        backlog = self._backlogs.get(endpoint_id, Backlog())
+        oldest = self.queue.oldest_arrival(endpoint_id)
+        arrivals = [at for at in (oldest, backlog.oldest_at if backlog.jobs else None) if at is not None]
+        meter = self._meters.get(endpoint_id)
+        return Demand(
+            waiting=self.queue.waiting_count(endpoint_id) + backlog.jobs,
+            waiting_cost=self.queue.waiting_cost(endpoint_id) + backlog.cost,
+            oldest_wait_s=max(0.0, now - min(arrivals)) if arrivals else 0.0,
+            rates=meter.rates(now) if meter is not None else DemandRates(),
+        )
+
+    # --- inside --------------------------------------------------------------------------------------------------
+    def _known(self, request: TakeRequest, now: float) -> RouteTicket | None:
+        if request.request_idx <= 0:
+            return None
+        ticket = self.queue.get(request.request_idx)
+        if ticket is not None:
+            # Another key's number says nothing about that key's request: it is simply a new one.
+            is_ours = ticket.scope == request.scope and ticket.endpoint_id == request.endpoint_id
+            return ticket if is_ours or not ticket.scope else None
+        worker_id = self._adopted.pop(request.request_idx, 0)
+        if worker_id and self._workers.get(worker_id) is not None:
+            ticket = self._ticket(request, request.request_idx, now)
+            ticket.phase = Phase.ASSIGNED
+            ticket.worker_id = worker_id
+            self.queue.adopt(ticket)
+            return ticket
+        return None
+
+    def _enter(self, request: TakeRequest, now: float) -> RouteTicket:
+        is_number_free = request.request_idx > 0 and self.queue.get(request.request_idx) is None
+        number = request.request_idx if is_number_free else self._numbers.next()
+        ticket = self._ticket(request, number, now)
+        self.queue.add(ticket)
+        if request.request_idx <= 0 and not request.held:
+            self.arrived(request.endpoint_id, request.cost)
+        return ticket
+
+    def _ticket(self, request: TakeRequest, number: int, now: float) -> RouteTicket:
+        # A number from before a restart keeps its place; any other unknown one goes to the end of the line.
+        is_old = 0 < number < self._numbers.first
+        return RouteTicket(
+            request_idx=number,
+            endpoint_id=request.endpoint_id,
+            scope=request.scope,
+            want=Want(request.cost, request.models),
+            shape=request.shape,
+            order=number if is_old or number != request.request_idx else self._numbers.next(),
+            arrived_at=now,
+            polled_at=now,
+            replay_timeout=request.replay_timeout,
+            held=request.held,
+        )
+
+    def _returned(self, ticket: RouteTicket, now: float) -> None:
+        """The caller is back although it had a worker."""
+        was_quick = now - ticket.phase_at < STRIKE_WINDOW_S / 10
+        ticket.returns = ticket.returns + 1 if was_quick else 0
+        if ticket.returns:
+            ticket.not_before = now + min(_THROTTLE_CAP_S, _THROTTLE_FIRST_S * 2 ** (ticket.returns - 1))
+        worker = self._workers.get(ticket.worker_id)
+        if ticket.phase is Phase.ASSIGNED and worker is not None:
+            load = self._workers.load(worker.id)
+            booking = load.booking(ticket.request_idx)
+            is_listed = booking is not None and booking.seen and load.is_open
+            if is_listed and now - ticket.rejoined_at > REJOIN_S:
+                ticket.rejoined_at = now
+                self.queue.leave(ticket, Phase.GRANTED, worker.id, now)
+                return
+            load.finish(ticket.request_idx, now)
+            ticket.excluded[worker.id] = now + EXCLUDED_S
+            if was_quick:
+                self._strike(worker.id, now)
+        elif ticket.preferred and worker is not None and self._workers.load(worker.id).is_open:
+            # It finished there: the same worker replays the answer instead of making it again.
+            ticket.preferred = 0
+            self._workers.book(worker.id, Booking(request_idx=ticket.request_idx, cost=0.0, at=now, held=ticket.held))
+            self.queue.leave(ticket, Phase.GRANTED, worker.id, now)
+            return
+        self.queue.wait_again(ticket, now)
+
+    def _strike(self, worker_id: int, now: float) -> None:
+        before = self._strikes.get(worker_id)
+        self._strikes[worker_id] = now
+        if before is not None and now - before < STRIKE_WINDOW_S:
+            self._workers.quarantine(worker_id, now)
+
+    def _choose(self, ticket: RouteTicket, now: float) -> int | Refusal:
+        return choose(
+            self._workers.candidates(ticket.endpoint_id),
+            ticket.want,
+            max_queue_time=self._max_queue_time.get(ticket.endpoint_id, 30.0),
+            excluded=ticket.excluded_now(now),
+            now=now,
+        )
+
+    def _ready(self, request: TakeRequest, ticket: RouteTicket, worker: Worker, now: float) -> RouteReady:
+        reqnum = self._reqnums.next()
+        claims = TicketClaims(
+            url=worker.url,
+            endpoint=request.endpoint_name,
+            cost=request.cost,
+            reqnum=reqnum,
+            request_idx=ticket.request_idx,
+            exp=now + TICKET_LIFETIME_S,
+            sub=request.scope,
+            incarnation=worker.incarnation,
+        )
+        return RouteReady(
+            endpoint=request.endpoint_name,
+            url=worker.url,
+            cost=request.cost,
+            reqnum=reqnum,
+            request_idx=ticket.request_idx,
+            signature=self._tickets.signature(worker.url),
+            ticket=self._tickets.ticket(claims),
+            request_id=self._ids.request_id(),
+        )
+
+    def _waiting(self, request: TakeRequest, ticket: RouteTicket) -> RouteWaiting:
+        return RouteWaiting(
+            endpoint=request.endpoint_name,
+            status=state_counts(self._workers.of_endpoint(request.endpoint_id)),
+            request_idx=ticket.request_idx,
+            reason=self.why(request.endpoint_id),
+            request_id=self._ids.request_id(),
+        )
+
+
+def finished_entries(report: FinishedRequests) -> list[FinishedRequest]:
+    """Both forms of `/delete_requests/` as one."""
+    status = "Success" if report.success else "Error"
+    older = [FinishedRequest(request_idx=idx, success=report.success, status=status) for idx in report.request_idxs]
+    return [*report.requests, *older]
+
+
+def state_counts(workers: list[Worker]) -> str:
+    """ "1 loading, 2 idle": the text that the documents show as `status`."""
+    counts: dict[str, int] = {}
+    for worker in workers:
+        counts[str(worker.state)] = counts.get(str(worker.state), 0) + 1
+    return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "no workers"

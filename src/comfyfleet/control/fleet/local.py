@@ -1,0 +1,295 @@
+"""Workers as processes of this machine, each in a folder and a session of its own.
+
+A worker's folder (`<data-dir>/workers/<id>`) holds `local.json`, what this module must find again after a restart, and
+`worker.log`. A process is proven ours by three things at once: the pid, the start time recorded with it, and the
+worker's folder in its environment. Workers survive a control plane that is killed, and the next one takes them over;
+they end with one that stops in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import anyio
+import anyio.abc
+import msgspec
+import psutil
+import structlog
+
+from comfyfleet.clock import Clock
+from comfyfleet.control.fleet.base import FleetWorker, NoCapacity, Presence, WorkerSpec
+from comfyfleet.control.fleet.slots import Slot, find_slot
+from comfyfleet.settings.machine import OWNER_VARIABLE
+from comfyfleet.wire.errors import NotFound
+
+log = structlog.get_logger()
+
+FOLDER_VARIABLE = "COMFYFLEET_WORKER_DIR"
+_LOG_ROTATE_BYTES = 20 * 1024 * 1024
+_POLL_S = 0.05
+
+
+class LocalRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """`local.json`. pid 0: not running. process_started: the kernel's start time of that pid (psutil's)."""
+
+    id: int
+    slot: Slot
+    pid: int = 0
+    process_started: float = 0.0
+    started_at: float = 0.0
+    exit_code: int | None = None
+
+
+# `list` is a method below, so the types that mention the other one are named here.
+Records = list[LocalRecord]
+Processes = list[psutil.Process]
+
+
+class LocalSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """report_url: where workers reach the control plane. base_environment: what every child inherits.
+
+    command: what a worker process is. slots: how many workers fit on this machine.
+    """
+
+    data_dir: Path
+    report_url: str
+    slots: int
+    base_environment: Mapping[str, str]
+    public_address: str = "127.0.0.1"
+    command: Sequence[str] = (sys.executable, "-m", "comfyfleet", "worker")
+    own_environment: Mapping[str, str] = {}
+
+
+class LocalFleet:
+    """Implements `base.FleetProvider`."""
+
+    def __init__(self, settings: LocalSettings, clock: Clock, *, find: Callable[..., Slot] = find_slot) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._find_slot = find
+        self._folder = settings.data_dir / "workers"
+        self._children: dict[int, anyio.abc.Process] = {}
+        self._lock = anyio.Lock()
+
+    @property
+    def capacity(self) -> int | None:
+        return self._settings.slots
+
+    async def list(self) -> list[FleetWorker]:
+        return [self._seen(record) for record in self._records()]
+
+    async def create(self, spec: WorkerSpec) -> None:
+        async with self._lock:
+            folder = self._folder / str(spec.id)
+            if (folder / "local.json").exists():
+                return
+            taken = self._records()
+            numbers = {record.slot.number for record in taken}
+            free = next((number for number in range(self._settings.slots) if number not in numbers), None)
+            if free is None:
+                raise NoCapacity(f"all {self._settings.slots} slots of this machine are taken")
+            folder.mkdir(parents=True, exist_ok=True)
+            slot = self._find_slot(free, {port for record in taken for port in record.slot.ports})
+            await self._launch(LocalRecord(id=spec.id, slot=slot), spec)
+
+    async def start(self, spec: WorkerSpec) -> None:
+        async with self._lock:
+            record = self._record(spec.id)
+            if record is None:
+                raise NotFound("this worker does not exist here", worker_id=spec.id)
+            if self._process(record) is not None:
+                return
+            taken = {port for other in self._records() if other.id != spec.id for port in other.slot.ports}
+            slot = self._find_slot(record.slot.number, taken)
+            await self._launch(msgspec.structs.replace(record, slot=slot, exit_code=None), spec)
+
+    async def stop(self, worker_id: int, *, grace_s: float = 10.0) -> None:
+        record = self._record(worker_id)
+        if record is None:
+            return
+        await self._end(record, grace_s)
+        self._write(msgspec.structs.replace(record, pid=0, process_started=0.0, exit_code=None))
+
+    async def drain(self, worker_id: int) -> None:
+        """Nothing to tell a local process: `stop` sends SIGTERM, which our worker takes as "finish, then end"."""
+
+    async def destroy(self, worker_id: int, *, grace_s: float = 10.0) -> None:
+        record = self._record(worker_id)
+        if record is not None:
+            await self._end(record, grace_s)
+        folder = self._folder / str(worker_id)
+        await anyio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+    async def logs(self, worker_id: int, tail: int) -> str:
+        path = self._folder / str(worker_id) / "worker.log"
+        if tail <= 0 or not path.exists():
+            return ""
+        return await anyio.to_thread.run_sync(lambda: last_lines(path, tail))
+
+    async def close(self, *, keep_running: bool) -> None:
+        if keep_running:
+            return
+        async with anyio.create_task_group() as ending:
+            for record in self._records():
+                if record.pid:
+                    ending.start_soon(self._close_one, record.id)
+
+    async def _close_one(self, worker_id: int) -> None:
+        await self.stop(worker_id, grace_s=8.0)
+
+    # --- processes -----------------------------------------------------------------------------------------------
+    async def _launch(self, record: LocalRecord, spec: WorkerSpec) -> None:
+        folder = self._folder / str(record.id)
+        log_path = folder / "worker.log"
+        if log_path.exists() and log_path.stat().st_size > _LOG_ROTATE_BYTES:
+            log_path.replace(folder / "worker.log.1")
+        with log_path.open("ab") as output:
+            process = await anyio.open_process(
+                [*self._settings.command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=folder,
+                env=self._environment(record.slot, folder, spec),
+                start_new_session=True,
+            )
+        self._children[record.id] = process
+        started = 0.0
+        with contextlib.suppress(psutil.Error):
+            started = psutil.Process(process.pid).create_time()
+        self._write(
+            msgspec.structs.replace(record, pid=process.pid, process_started=started, started_at=self._clock.now())
+        )
+        log.info("worker.started", worker=record.id, pid=process.pid, port=record.slot.agent, folder=str(folder))
+
+    def _environment(self, slot: Slot, folder: Path, spec: WorkerSpec) -> dict[str, str]:
+        address, data_dir = self._settings.public_address, self._settings.data_dir
+        return {
+            **self._settings.base_environment,
+            **spec.environment,
+            "CONTAINER_ID": str(spec.id),
+            "REPORT_ADDR": self._settings.report_url,
+            "MASTER_TOKEN": spec.mtoken,
+            "WORKER_PORT": str(slot.agent),
+            f"VAST_TCP_PORT_{slot.agent}": str(slot.agent),
+            "PUBLIC_IPADDR": address,
+            "USE_SSL": "false",
+            "UNSECURED": "false",
+            "COMFYFLEET_DATA_DIR": str(data_dir),
+            FOLDER_VARIABLE: str(folder),
+            "COMFYFLEET_WRAPPER_PORT": str(slot.wrapper),
+            "COMFYFLEET_ENGINE_PORT": str(slot.engine),
+            "COMFYFLEET_INCARNATION": spec.incarnation,
+            OWNER_VARIABLE: str(data_dir.resolve()),
+            **self._settings.own_environment,
+        }
+
+    def _process(self, record: LocalRecord) -> psutil.Process | None:
+        """The living process of a record, if it is provably that one."""
+        if not record.pid:
+            return None
+        child = self._children.get(record.id)
+        if child is not None and child.pid == record.pid and child.returncode is not None:
+            return None
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(record.pid)
+            if (
+                abs(process.create_time() - record.process_started) < 1.0
+                and process.status() != psutil.STATUS_ZOMBIE
+                and process.environ().get(FOLDER_VARIABLE) == str(self._folder / str(record.id))
+            ):
+                return process
+        return None
+
+    def _seen(self, record: LocalRecord) -> FleetWorker:
+        if not record.pid:
+            return FleetWorker(id=record.id, presence=Presence.STOPPED, started_at=record.started_at)
+        if self._process(record) is not None:
+            return FleetWorker(id=record.id, presence=Presence.RUNNING, started_at=record.started_at)
+        child = self._children.get(record.id)
+        code = child.returncode if child is not None and child.pid == record.pid else None
+        return FleetWorker(
+            id=record.id,
+            presence=Presence.EXITED,
+            exit_code=code,
+            started_at=record.started_at,
+            detail=_ending(code),
+        )
+
+    async def _end(self, record: LocalRecord, grace_s: float) -> None:
+        """SIGTERM to the worker; after the grace, SIGKILL to it and to whatever still runs of its tree and session."""
+        process = self._process(record)
+        family = []
+        if process is not None:
+            with contextlib.suppress(psutil.Error):
+                family = [process, *process.children(recursive=True)]
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
+            with anyio.move_on_after(grace_s):
+                while self._process(record) is not None:  # noqa: ASYNC110 - an adopted process is nobody's child
+                    await anyio.sleep(_POLL_S)
+        family.extend(self._session(record))
+        for member in family:
+            with contextlib.suppress(psutil.Error):
+                member.kill()
+        child = self._children.pop(record.id, None)
+        if child is not None:
+            with anyio.move_on_after(5.0):
+                await child.wait()
+
+    def _session(self, record: LocalRecord) -> Processes:
+        """Living processes whose environment names the worker's folder: engines that outlived their worker."""
+        folder = str(self._folder / str(record.id))
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.pid != os.getpid() and process.environ().get(FOLDER_VARIABLE) == folder:
+                    found.append(process)
+        return found
+
+    # --- records -------------------------------------------------------------------------------------------------
+    def _records(self) -> Records:
+        found = []
+        for path in sorted(self._folder.glob("*/local.json")):
+            with contextlib.suppress(OSError, msgspec.DecodeError):
+                found.append(msgspec.json.decode(path.read_bytes(), type=LocalRecord))
+        return found
+
+    def _record(self, worker_id: int) -> LocalRecord | None:
+        return next((record for record in self._records() if record.id == worker_id), None)
+
+    def _write(self, record: LocalRecord) -> None:
+        path = self._folder / str(record.id) / "local.json"
+        if not path.parent.exists():
+            return
+        draft = path.with_suffix(".new")
+        draft.write_bytes(msgspec.json.encode(record))
+        draft.replace(path)
+
+
+def last_lines(path: Path, count: int, block: int = 64 * 1024) -> str:
+    """The last lines of a text file, read from its end."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        data = b""
+        while end > 0 and data.count(b"\n") <= count:
+            start = max(0, end - block)
+            file.seek(start)
+            data = file.read(end - start) + data
+            end = start
+    return b"".join(data.splitlines(keepends=True)[-count:]).decode(errors="replace")
+
+
+def _ending(code: int | None) -> str:
+    if code is None:
+        return "the process is gone"
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    return f"exited with code {code}"

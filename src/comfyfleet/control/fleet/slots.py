@@ -1,0 +1,55 @@
+"""Ports and folders of local workers: slot n has 3000 + 10 n, 18288 + 10 n and 18188 + 10 n, or the next free ones."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Collection
+
+import msgspec
+
+AGENT_BASE, WRAPPER_BASE, ENGINE_BASE = 3000, 18288, 18188
+STEP = 10
+
+
+class Slot(msgspec.Struct, frozen=True, kw_only=True):
+    """A place on this machine. The public framework also listens on `agent + 1`, and an engine beside its port."""
+
+    number: int
+    agent: int
+    wrapper: int
+    engine: int
+
+    @property
+    def ports(self) -> frozenset[int]:
+        return frozenset({self.agent, self.agent + 1, self.wrapper, self.engine})
+
+
+def is_free(port: int) -> bool:
+    """Nobody listens on 127.0.0.1:port now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def find_slot(number: int, taken: Collection[int], is_free: Callable[[int], bool] = is_free) -> Slot:
+    """Slot `number` with its ports; a busy port moves to the next free one, never onto `taken` or another slot's."""
+    used = set(taken)
+
+    def next_free(port: int, width: int = 1) -> int:
+        while any(port + step in used or not is_free(port + step) for step in range(width)):
+            port += 1
+            if port > 65_000:
+                raise OSError("no free port is left on this machine")
+        used.update(range(port, port + width))
+        return port
+
+    return Slot(
+        number=number,
+        agent=next_free(AGENT_BASE + STEP * number, width=2),
+        wrapper=next_free(WRAPPER_BASE + STEP * number),
+        engine=next_free(ENGINE_BASE + STEP * number),
+    )

@@ -1,0 +1,152 @@
+"""The routing half of the control plane, put together: registry, desk, reports, reconciler, and their routes.
+
+The composition root of this room. `load` reads what outlives a restart, `run` is the loops, `routes` the HTTP doors;
+other rooms use `desk` (a worker for a job), `workers` (what there is) and `lifecycle` (what to do with it).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import anyio
+import msgspec
+import structlog
+from starlette.routing import BaseRoute
+
+from comfyfleet.clock import Clock
+from comfyfleet.control.api.reports import ReportApi
+from comfyfleet.control.api.route import RouteApi
+from comfyfleet.control.catalog import Catalog
+from comfyfleet.control.desk import Desk
+from comfyfleet.control.fleet.base import FleetProvider
+from comfyfleet.control.keys import Keyring
+from comfyfleet.control.learned_cost import LearnedCost
+from comfyfleet.control.lifecycle import Environment, Lifecycle
+from comfyfleet.control.numbers import Numbers
+from comfyfleet.control.reconciler import Reconciler
+from comfyfleet.control.records import WorkerRow
+from comfyfleet.control.reports import Reports
+from comfyfleet.control.scores import Scores
+from comfyfleet.control.store.base import Store
+from comfyfleet.control.tickets import Tickets
+from comfyfleet.control.worker import Worker
+from comfyfleet.control.workers import Workers, revived
+from comfyfleet.ids import Ids
+
+log = structlog.get_logger()
+
+SWEEP_S = 1.0
+
+
+class RoutingPlane:
+    """Everything between a request that wants a worker and a fleet that has one."""
+
+    def __init__(
+        self,
+        *,
+        data_dir: Path,
+        catalog: Catalog,
+        keys: Keyring,
+        store: Store,
+        provider: FleetProvider | None,
+        environment: Environment,
+        clock: Clock,
+        ids: Ids,
+        boot_budget_s: float = 3600.0,
+    ) -> None:
+        self.tickets = Tickets.open(data_dir)
+        self.workers = Workers()
+        self.learned = LearnedCost()
+        self.scores = Scores()
+        self._numbers = Numbers(partial(store.reserve, "request_idx"))
+        self._reqnums = Numbers(partial(store.reserve, "reqnum"))
+        self._store = store
+        self._clock = clock
+        self.provider = provider
+        self.desk = Desk(
+            workers=self.workers,
+            tickets=self.tickets,
+            numbers=self._numbers,
+            reqnums=self._reqnums,
+            clock=clock,
+            ids=ids,
+        )
+        self.lifecycle = Lifecycle(
+            workers=self.workers,
+            desk=self.desk,
+            scores=self.scores,
+            catalog=catalog,
+            provider=provider,
+            store=store,
+            environment=environment,
+            clock=clock,
+            ids=ids,
+        )
+        self.reconciler = Reconciler(
+            catalog=catalog,
+            workers=self.workers,
+            desk=self.desk,
+            lifecycle=self.lifecycle,
+            provider=provider,
+            store=store,
+            clock=clock,
+            boot_budget_s=boot_budget_s,
+        )
+        self.desk.on_first_wait = self.reconciler.kick
+        self.reports = Reports(
+            workers=self.workers,
+            desk=self.desk,
+            scores=self.scores,
+            learned=self.learned,
+            clock=clock,
+            kick=self.reconciler.kick,
+        )
+        self._route_api = RouteApi(
+            desk=self.desk,
+            catalog=catalog,
+            keys=keys,
+            tickets=self.tickets,
+            learned=self.learned,
+            clock=clock,
+            ids=ids,
+        )
+        self._report_api = ReportApi(self.reports)
+
+    def routes(self) -> list[BaseRoute]:
+        """`/route/`, `/pubkey/`, `/pubkey/ed25519`, `/worker_status/`, `/delete_requests/`."""
+        return [*self._route_api.routes(), *self._report_api.routes()]
+
+    async def load(self) -> None:
+        """Before the first request: workers of an earlier run, and numbers to hand out."""
+        now = self._clock.now()
+        for row in await self._store.all(WorkerRow):
+            worker = msgspec.json.decode(row.body, type=Worker)
+            self.workers.add(revived(worker, now), now, is_persisted=True)
+        await self._refill()
+        log.info("routing.loaded", workers=len(self.workers.all()))
+
+    async def run(self) -> None:
+        """The loops, until cancelled."""
+        async with anyio.create_task_group() as loops:
+            self.lifecycle.attach(loops)
+            loops.start_soon(self.reconciler.run, name="reconciler")
+            loops.start_soon(self._sweep, name="route queue sweep")
+
+    async def close(self, *, keep_workers: bool) -> None:
+        """After `run` ended: end the provider's workers, or leave them for the next control plane."""
+        if self.provider is not None:
+            await self.provider.close(keep_running=keep_workers)
+
+    async def _sweep(self) -> None:
+        while True:
+            try:
+                self.desk.sweep()
+                await self._refill()
+            except Exception:  # loop iteration boundary
+                log.exception("sweep.failed")
+            await self._clock.sleep(SWEEP_S)
+
+    async def _refill(self) -> None:
+        await self._numbers.refill()
+        await self._reqnums.refill()

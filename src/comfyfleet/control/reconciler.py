@@ -1,0 +1,233 @@
+"""The loop between what is wanted and what is there: look, decide, act, record; each second, or when kicked.
+
+It holds no rules: `checkup` says what is wrong with a worker, `autoscaler` what the fleet should be, `lifecycle` does
+it. A decision that does something, or says something new, is stored with its inputs.
+"""
+
+from __future__ import annotations
+
+import anyio
+import msgspec
+import structlog
+
+from comfyfleet.clock import Clock
+from comfyfleet.control import breaker
+from comfyfleet.control.autoscaler import decide
+from comfyfleet.control.catalog import Catalog
+from comfyfleet.control.checkup import ailment
+from comfyfleet.control.desk import Desk
+from comfyfleet.control.fleet.base import FleetProvider, FleetWorker, NoCapacity
+from comfyfleet.control.lifecycle import Lifecycle
+from comfyfleet.control.records import DecisionRow, Endpoint, LogRow, WorkerRow
+from comfyfleet.control.scaling import (
+    Action,
+    Decision,
+    GroupFacts,
+    Memory,
+    ScalePolicy,
+    ScalingInputs,
+    Verb,
+    WorkerFacts,
+)
+from comfyfleet.control.store.base import Store
+from comfyfleet.control.worker import Worker
+from comfyfleet.control.worker_states import BOOTING, WorkerState
+from comfyfleet.control.workers import Workers
+
+log = structlog.get_logger()
+
+TICK_S = 1.0
+
+
+class Reconciler:
+    """One loop over all endpoints."""
+
+    def __init__(
+        self,
+        *,
+        catalog: Catalog,
+        workers: Workers,
+        desk: Desk,
+        lifecycle: Lifecycle,
+        provider: FleetProvider | None,
+        store: Store,
+        clock: Clock,
+        boot_budget_s: float = 3600.0,
+    ) -> None:
+        self._catalog = catalog
+        self._workers = workers
+        self._desk = desk
+        self._lifecycle = lifecycle
+        self._provider = provider
+        self._store = store
+        self._clock = clock
+        self._boot_budget_s = boot_budget_s
+        self._memories: dict[int, Memory] = {}
+        self._policies: dict[int, tuple[object, ...]] = {}
+        self._states: dict[int, WorkerState] = {}
+        self._said: dict[int, str] = {}
+        self._kicked = anyio.Event()
+
+    def kick(self) -> None:
+        """Look again at once."""
+        self._kicked.set()
+
+    async def run(self) -> None:
+        """For ever. One bad pass is recorded and the next one comes."""
+        while True:
+            try:
+                await self.step()
+            except Exception:  # loop iteration boundary
+                log.exception("reconciler.failed")
+            with anyio.move_on_after(TICK_S):
+                await self._kicked.wait()
+            self._kicked = anyio.Event()
+
+    async def step(self) -> None:
+        """One pass over everything."""
+        now = self._clock.now()
+        present = {worker.id: worker for worker in await self._provider.list()} if self._provider is not None else {}
+        for gone in self._workers.sweep(now):
+            log.info("worker.silent", worker=gone.id)
+        await self._lifecycle.advance(present)
+        self._check_all(present, now)
+        for endpoint in self._catalog.endpoints():
+            await self._steer(endpoint)
+        await self._persist()
+
+    def _check_all(self, present: dict[int, FleetWorker], now: float) -> None:
+        """Find workers that died, fell silent or take too long; learn from those that became ready."""
+        for worker in self._workers.all():
+            problem = ailment(worker, present.get(worker.id), has_provider=self._provider is not None, now=now)
+            if problem:
+                lost = self._workers.load(worker.id).clear()
+                self._workers.change(worker.id, now, error_msg=problem)
+                worker = self._workers.move(worker.id, WorkerState.ERROR, now)
+                self._desk.lost(worker.id, lost)
+                log.warning("worker.failed", worker=worker.id, why=problem)
+            before = self._states.get(worker.id)
+            self._states[worker.id] = worker.state
+            if before is not None and before is not worker.state:
+                self._learn(worker, before, now)
+
+    def _learn(self, worker: Worker, before: WorkerState, now: float) -> None:
+        memory = self._memories.get(worker.endpoint_id, Memory())
+        if worker.state is WorkerState.ERROR and before in BOOTING:
+            memory = breaker.note_failed_start(memory, worker.error_msg, now)
+        elif worker.state is WorkerState.IDLE and before in BOOTING and worker.started_at:
+            was_wake = before in (WorkerState.STARTING, WorkerState.UPDATE_STARTING)
+            memory = breaker.note_ready(memory, took_s=now - worker.started_at, was_wake=was_wake)
+        self._memories[worker.endpoint_id] = memory
+
+    async def _steer(self, endpoint: Endpoint) -> None:
+        """Decide for one endpoint and act."""
+        inputs = self.inputs(endpoint)
+        decision = decide(inputs)
+        self._memories[endpoint.id] = decision.memory
+        self._desk.reasons[endpoint.id] = decision.reason
+        said = decision.reason if not decision.actions else decision.sentence
+        if decision.actions or self._said.get(endpoint.id) != said:
+            self._said[endpoint.id] = said
+            await self._record(endpoint, inputs, decision)
+        for action in decision.actions:
+            await self._act(endpoint, action)
+
+    def inputs(self, endpoint: Endpoint) -> ScalingInputs:
+        """Everything the decision reads, as values."""
+        now = self._clock.now()
+        groups = tuple(
+            GroupFacts(id=group.id, generation=group.update_generation, is_deleted=group.deleted_at is not None)
+            for group in self._catalog.workergroups(endpoint.id)
+        )
+        policy = scale_policy(endpoint)
+        signature = (policy, groups)
+        memory = self._memories.get(endpoint.id, Memory())
+        if self._policies.get(endpoint.id, signature) != signature:
+            memory = breaker.forgiven(memory)
+        self._policies[endpoint.id] = signature
+        return ScalingInputs(
+            policy=policy,
+            groups=groups if self._provider is not None else (),
+            demand=self._desk.demand(endpoint.id),
+            workers=tuple(self._facts(worker, now) for worker in self._workers.of_endpoint(endpoint.id)),
+            memory=memory,
+            now=now,
+            boot_budget_s=self._boot_budget_s,
+        )
+
+    def _facts(self, worker: Worker, now: float) -> WorkerFacts:
+        load = self._workers.load(worker.id)
+        group = self._catalog.workergroup(worker.group_id)
+        is_orphan = group is not None and group.deleted_at is not None
+        return WorkerFacts(
+            id=worker.id,
+            group_id=worker.group_id,
+            state=worker.state,
+            state_since=worker.state_since,
+            created_at=worker.created_at,
+            perf=worker.perf,
+            is_leased=load.is_leased,
+            backlog=load.backlog(now),
+            last_work_at=load.last_work_at,
+            intent="destroy" if is_orphan and worker.intent == "destroy" else worker.intent,
+            failures=worker.failures,
+            error=worker.error_msg,
+            is_foreign=worker.is_foreign,
+            generation=worker.generation,
+            price_hour=worker.price_hour,
+            stage=worker.stage,
+        )
+
+    async def _act(self, endpoint: Endpoint, action: Action) -> None:
+        try:
+            if action.verb is Verb.CREATE:
+                await self._lifecycle.create(endpoint, action.group_id)
+            else:
+                await self._lifecycle.apply(action)
+        except NoCapacity as error:
+            memory = self._memories[endpoint.id]
+            self._memories[endpoint.id] = breaker.note_no_capacity(memory, error.message, self._clock.now())
+
+    async def _record(self, endpoint: Endpoint, inputs: ScalingInputs, decision: Decision) -> None:
+        now = inputs.now
+        log.info("fleet.decided", endpoint=endpoint.endpoint_name, decision=decision.sentence)
+        await self._store.add_decision(
+            DecisionRow(
+                id=await self._store.reserve("decision"),
+                endpoint_id=endpoint.id,
+                at=now,
+                sentence=decision.sentence,
+                inputs=msgspec.json.encode(inputs).decode(),
+                outcome=msgspec.json.encode(decision).decode(),
+            )
+        )
+        line = LogRow(endpoint_id=endpoint.id, workergroup_id=0, at=now, level="info0", text=decision.sentence)
+        await self._store.add_logs([line])
+
+    async def _persist(self) -> None:
+        changed, gone = self._workers.take_changes()
+        for worker in changed:
+            body = msgspec.json.encode(worker).decode()
+            await self._store.put(
+                WorkerRow(id=worker.id, endpoint_id=worker.endpoint_id, workergroup_id=worker.group_id, body=body)
+            )
+        for worker_id in gone:
+            self._states.pop(worker_id, None)
+            await self._store.drop(WorkerRow, worker_id)
+
+
+def scale_policy(endpoint: Endpoint) -> ScalePolicy:
+    """The endpoint's scaling parameters; one being deleted is `destroyed`."""
+    return ScalePolicy(
+        endpoint_id=endpoint.id,
+        state="destroyed" if endpoint.deleted_at is not None else str(endpoint.endpoint_state),
+        min_load=endpoint.min_load,
+        target_util=endpoint.target_util,
+        cold_mult=endpoint.cold_mult,
+        min_cold_load=endpoint.min_cold_load,
+        cold_workers=endpoint.cold_workers,
+        max_workers=endpoint.max_workers,
+        max_queue_time=endpoint.max_queue_time,
+        target_queue_time=endpoint.target_queue_time,
+        inactivity_timeout=endpoint.inactivity_timeout,
+    )

@@ -1,0 +1,177 @@
+"""The requests that asked for a worker: one record each, and a first-in-first-out line per endpoint.
+
+A record outlives its answer, because the public client comes back with the same `request_idx` after a failure. The
+line is ordered by arrival, and a request that comes back takes its old place in it. No decisions here (`desk`).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import anyio
+
+from comfyfleet.control.router import Want
+
+# How long a request that has its worker is remembered after its last sign of life.
+KEPT_S = 900.0
+
+
+class Phase(StrEnum):
+    """waiting -> granted (a worker is booked, the caller has not heard) -> assigned -> finished; back at any return."""
+
+    WAITING = "waiting"
+    GRANTED = "granted"
+    ASSIGNED = "assigned"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, kw_only=True)
+class RouteTicket:
+    """One logical request. order: its place in the line. excluded: workers that just failed it, until when."""
+
+    request_idx: int
+    endpoint_id: int
+    scope: str
+    want: Want
+    shape: str
+    order: int
+    arrived_at: float
+    polled_at: float
+    replay_timeout: float
+    held: bool = False
+    phase: Phase = Phase.WAITING
+    worker_id: int = 0
+    phase_at: float = 0.0
+    returns: int = 0
+    not_before: float = 0.0
+    rejoined_at: float = 0.0
+    preferred: int = 0
+    uncollected: bool = False
+    excluded: dict[int, float] = field(default_factory=dict)
+    changed: anyio.Event | None = None
+
+    def to(self, phase: Phase, now: float) -> None:
+        """Next phase; wakes who waits for one."""
+        self.phase = phase
+        self.phase_at = now
+        if self.changed is not None:
+            self.changed.set()
+            self.changed = None
+
+    def excluded_now(self, now: float) -> set[int]:
+        """Workers not to try now; forgets the others."""
+        if self.excluded:
+            self.excluded = {worker: until for worker, until in self.excluded.items() if until > now}
+        return set(self.excluded)
+
+
+class RouteQueue:
+    """All tickets, and the waiting ones in order per endpoint."""
+
+    def __init__(self) -> None:
+        self._tickets: dict[int, RouteTicket] = {}
+        self._lines: dict[int, list[tuple[int, int]]] = {}
+        self._waiting: dict[int, int] = {}
+        self._waiting_cost: dict[int, float] = {}
+        self._deadlines: list[tuple[float, int]] = []
+        self.granted: set[int] = set()  # booked, and not told yet
+
+    def get(self, request_idx: int) -> RouteTicket | None:
+        return self._tickets.get(request_idx)
+
+    def add(self, ticket: RouteTicket) -> None:
+        """A new ticket; it waits."""
+        self._tickets[ticket.request_idx] = ticket
+        heapq.heappush(self._deadlines, (ticket.polled_at + ticket.replay_timeout, ticket.request_idx))
+        self._enter(ticket)
+
+    def adopt(self, ticket: RouteTicket) -> None:
+        """A ticket that a worker already has."""
+        self._tickets[ticket.request_idx] = ticket
+        heapq.heappush(self._deadlines, (ticket.polled_at + KEPT_S, ticket.request_idx))
+
+    def wait_again(self, ticket: RouteTicket, now: float) -> None:
+        """Back into the line, at its old place."""
+        ticket.to(Phase.WAITING, now)
+        ticket.worker_id = 0
+        self.granted.discard(ticket.request_idx)
+        heapq.heappush(self._deadlines, (ticket.polled_at + ticket.replay_timeout, ticket.request_idx))
+        self._enter(ticket)
+
+    def leave(self, ticket: RouteTicket, phase: Phase, worker_id: int, now: float) -> None:
+        """Out of the line (its heap entry is dropped when it is met)."""
+        if ticket.phase is Phase.WAITING:
+            self._waiting[ticket.endpoint_id] -= 1
+            self._waiting_cost[ticket.endpoint_id] -= ticket.want.cost
+        if phase is Phase.GRANTED:
+            self.granted.add(ticket.request_idx)
+        else:
+            self.granted.discard(ticket.request_idx)
+        ticket.worker_id = worker_id
+        ticket.to(phase, now)
+
+    def waiting_count(self, endpoint_id: int) -> int:
+        return self._waiting.get(endpoint_id, 0)
+
+    def waiting_cost(self, endpoint_id: int) -> float:
+        return self._waiting_cost.get(endpoint_id, 0.0) if self.waiting_count(endpoint_id) else 0.0
+
+    def line(self, endpoint_id: int) -> Iterator[RouteTicket]:
+        """Take waiting tickets from the front, one by one; the caller puts back those that go on waiting."""
+        heap = self._lines.get(endpoint_id, [])
+        while heap:
+            order, request_idx = heapq.heappop(heap)
+            ticket = self._tickets.get(request_idx)
+            if ticket is not None and ticket.phase is Phase.WAITING and ticket.order == order:
+                yield ticket
+
+    def put_back(self, ticket: RouteTicket) -> None:
+        """A ticket taken by `line` that still waits."""
+        heapq.heappush(self._lines[ticket.endpoint_id], (ticket.order, ticket.request_idx))
+
+    def oldest_arrival(self, endpoint_id: int) -> float | None:
+        """When the first of the line arrived; None if nobody waits."""
+        for ticket in self.line(endpoint_id):
+            self.put_back(ticket)
+            return ticket.arrived_at
+        return None
+
+    def place(self, ticket: RouteTicket) -> int:
+        """How many wait before it (the front is 0). Costs one pass over the line."""
+        return sum(
+            1
+            for order, idx in self._lines.get(ticket.endpoint_id, [])
+            if order < ticket.order and (other := self._tickets.get(idx)) is not None and other.phase is Phase.WAITING
+        )
+
+    def expire(self, now: float, busy: frozenset[int] | set[int]) -> list[RouteTicket]:
+        """Forget tickets nobody asks for any more; returns the waiting and granted ones that were dropped."""
+        dropped = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_idx = heapq.heappop(self._deadlines)
+            ticket = self._tickets.get(request_idx)
+            if ticket is None:
+                continue
+            is_open = ticket.phase in (Phase.WAITING, Phase.GRANTED)
+            kept_s = ticket.replay_timeout if is_open else KEPT_S
+            due = max(ticket.polled_at, ticket.phase_at if not is_open else 0.0) + kept_s
+            if due > now or request_idx in busy:
+                heapq.heappush(self._deadlines, (max(due, now + 1.0), request_idx))
+                continue
+            del self._tickets[request_idx]
+            self.granted.discard(request_idx)
+            if is_open:
+                if ticket.phase is Phase.WAITING:
+                    self._waiting[ticket.endpoint_id] -= 1
+                    self._waiting_cost[ticket.endpoint_id] -= ticket.want.cost
+                dropped.append(ticket)
+        return dropped
+
+    def _enter(self, ticket: RouteTicket) -> None:
+        self._waiting[ticket.endpoint_id] = self._waiting.get(ticket.endpoint_id, 0) + 1
+        self._waiting_cost[ticket.endpoint_id] = self._waiting_cost.get(ticket.endpoint_id, 0.0) + ticket.want.cost
+        line = self._lines.setdefault(ticket.endpoint_id, [])
+        heapq.heappush(line, (ticket.order, ticket.request_idx))

@@ -1,0 +1,83 @@
+"""The documented arithmetic of scaling, each rule a function: how much capacity is wanted, before any worker is named.
+
+Sources: the public documentation of the serverless engine (its worked examples are tests). How load is predicted is
+not public; ours is below.
+"""
+
+from __future__ import annotations
+
+import math
+
+from comfyfleet.control.demand import LONG_S, MIDDLE_S, SHORT_S, Demand
+from comfyfleet.control.scaling import ScalePolicy
+
+# A rate is only believed over a window of several jobs' length: one job of 100 s is no "7 load/s".
+WINDOW_JOBS = 3.0
+# A rising rate is followed this far ahead at most.
+TREND_CAP = 1.0
+# Where no inactivity_timeout is set, an endpoint that had neither request nor work for so long is taken for quiet.
+QUIET_AFTER_S = 60.0
+
+
+def predicted_load(demand: Demand, *, service_s: float, lead_s: float) -> float:
+    """Load/s to expect when capacity ordered now is ready.
+
+    service_s: how long a job runs; it chooses the window. lead_s: how long starting a worker takes; a rising rate is
+    followed that far (at most to twice its present value), a falling one is not: letting go has its own delay.
+    """
+    rates = demand.rates
+    wanted_s = WINDOW_JOBS * service_s
+    if wanted_s <= SHORT_S:
+        rate = max(rates.short, rates.middle)
+    elif wanted_s <= MIDDLE_S:
+        rate = max(rates.middle, rates.long)
+    else:
+        rate = rates.long
+    if wanted_s <= LONG_S and rates.trend > 0 and rates.short > rates.middle:
+        rate += min(rates.trend * lead_s, TREND_CAP * rate)
+    return rate
+
+
+def active_target(policy: ScalePolicy, load: float) -> float:
+    """Load/s that active workers should be able to serve: 900 at 0.9 gives 1000."""
+    return max(policy.min_load, load) / policy.target_util
+
+
+def total_target(policy: ScalePolicy, active: float) -> float:
+    """Load/s of active and inactive workers together."""
+    return max(active * policy.cold_mult, policy.min_cold_load)
+
+
+def queue_target(policy: ScalePolicy, demand: Demand, *, backlog: float, perf: float) -> float:
+    """Load/s that would begin all waiting work within `target_queue_time`; 0 when nothing waits.
+
+    A job runs on one worker, so more workers than waiting requests (beside those at work) help nobody.
+    """
+    if not demand.waiting:
+        return 0.0
+    by_time = (demand.waiting_cost + backlog) / max(policy.target_queue_time, 0.1)
+    by_count = demand.waiting * perf + (backlog / max(policy.target_queue_time, 0.1))
+    return min(by_time, by_count)
+
+
+def active_floor(policy: ScalePolicy, *, active_now: int, idle_s: float) -> int:
+    """How many workers stay active whatever the load says (`min_load` has its own effect on the target)."""
+    timeout = policy.inactivity_timeout
+    if timeout is None or timeout == 0:
+        return 0
+    if timeout < 0:
+        return 1
+    return min(1, active_now) if idle_s < timeout else 0
+
+
+def is_quiet(policy: ScalePolicy, *, idle_s: float, wake_s: float) -> bool:
+    """Nothing has come for so long that the recent rate says nothing about the near future."""
+    timeout = policy.inactivity_timeout
+    if timeout is None or timeout < 0:
+        return idle_s >= max(QUIET_AFTER_S, 2 * wake_s)
+    return idle_s >= max(timeout, wake_s)
+
+
+def workers_for(load: float, perf: float) -> int:
+    """How many workers of that score carry that load/s. Load of exactly one worker's score over 0.9 takes two."""
+    return math.ceil(load / perf - 1e-9) if load > 0 else 0

@@ -1,0 +1,201 @@
+"""The live registry: every worker of every endpoint, with its load. In memory; the reconciler persists what changed.
+
+One method per thing that can happen to a worker. Values change only by the pure functions of `worker` and
+`worker_states`; the loads of `load` are opened and closed here, so that routing need not look at anything else.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterable, KeysView
+
+import msgspec
+
+from comfyfleet.control.load import Booking, WorkerLoad
+from comfyfleet.control.worker import SILENT_AFTER_S, Worker, fold_report, is_routable, listed, to_state
+from comfyfleet.control.worker_states import WorkerState
+from comfyfleet.wire.errors import NotFound, Unauthorized
+from comfyfleet.wire.workers import WorkerStatusReport
+
+QUARANTINE_FIRST_S = 10.0
+QUARANTINE_CAP_S = 300.0
+# A doubted worker's score counts this much less (the documents: more than 20 % slower than its peers).
+FLAGGED_SHARE = 0.5
+
+
+class Folded(msgspec.Struct, frozen=True, kw_only=True):
+    """What a report changed. adopted: requests the worker had that nobody here knew."""
+
+    before: Worker
+    after: Worker
+    adopted: tuple[int, ...] = ()
+
+
+class Workers:
+    """Workers by id, and per endpoint the loads in the order in which routing should try equals."""
+
+    def __init__(self) -> None:
+        self._workers: dict[int, Worker] = {}
+        self._loads: dict[int, WorkerLoad] = {}
+        self._by_endpoint: dict[int, dict[int, WorkerLoad]] = {}
+        self._changed: set[int] = set()
+        self._gone: set[int] = set()
+
+    # --- reading -------------------------------------------------------------------------------------------------
+    def get(self, worker_id: int) -> Worker | None:
+        return self._workers.get(worker_id)
+
+    def load(self, worker_id: int) -> WorkerLoad:
+        return self._loads[worker_id]
+
+    def all(self) -> list[Worker]:
+        return list(self._workers.values())
+
+    def of_endpoint(self, endpoint_id: int) -> list[Worker]:
+        return [self._workers[worker_id] for worker_id in self._by_endpoint.get(endpoint_id, ())]
+
+    def candidates(self, endpoint_id: int) -> Iterable[tuple[int, WorkerLoad]]:
+        """Least recently chosen first."""
+        return self._by_endpoint.get(endpoint_id, {}).items()
+
+    def ids_of(self, endpoint_id: int) -> KeysView[int]:
+        return self._by_endpoint.get(endpoint_id, {}).keys()
+
+    def listing(self, endpoint_id: int) -> list[dict[str, object]]:
+        """Rows of `/get_endpoint_workers/`, oldest worker first."""
+        found = sorted(self.of_endpoint(endpoint_id), key=lambda worker: worker.id)
+        return [listed(worker, self._loads[worker.id].count) for worker in found]
+
+    def take_changes(self) -> tuple[list[Worker], list[int]]:
+        """(changed, gone) since the last call: what to persist."""
+        changed = [self._workers[worker_id] for worker_id in sorted(self._changed) if worker_id in self._workers]
+        gone = sorted(self._gone)
+        self._changed.clear()
+        self._gone.clear()
+        return changed, gone
+
+    # --- writing -------------------------------------------------------------------------------------------------
+    def add(self, worker: Worker, now: float, *, is_persisted: bool = False) -> None:
+        self._workers[worker.id] = worker
+        load = self._loads.setdefault(worker.id, WorkerLoad())
+        self._by_endpoint.setdefault(worker.endpoint_id, {}).setdefault(worker.id, load)
+        if not is_persisted:
+            self._changed.add(worker.id)
+        self._refresh(worker, now)
+
+    def put(self, worker: Worker, now: float) -> None:
+        """Replace a worker's value; remembers it for the store when more than measurements changed."""
+        before = self._workers[worker.id]
+        self._workers[worker.id] = worker
+        if lasting(before) != lasting(worker):
+            self._changed.add(worker.id)
+        self._refresh(worker, now)
+
+    def move(self, worker_id: int, state: WorkerState, now: float) -> Worker:
+        """Into another state, by the table."""
+        moved = to_state(self._workers[worker_id], state, now)
+        self.put(moved, now)
+        return moved
+
+    def change(self, worker_id: int, now: float, **fields: object) -> Worker:
+        """Other fields than the state."""
+        changed = msgspec.structs.replace(self._workers[worker_id], **fields)
+        self.put(changed, now)
+        return changed
+
+    def remove(self, worker_id: int) -> list[int]:
+        """Forget a worker; returns the requests it had."""
+        worker = self._workers.pop(worker_id, None)
+        if worker is None:
+            return []
+        lost = self._loads.pop(worker_id).clear()
+        self._by_endpoint[worker.endpoint_id].pop(worker_id, None)
+        self._gone.add(worker_id)
+        self._changed.discard(worker_id)
+        return lost
+
+    def authenticate(self, worker_id: int, mtoken: str) -> Worker:
+        """The worker, if this is its token. Raises Unauthorized: nothing has changed then."""
+        worker = self._workers.get(worker_id)
+        if worker is None or not hmac.compare_digest(worker.mtoken.encode(), mtoken.encode()):
+            raise Unauthorized("this worker id and token are not known", worker_id=worker_id)
+        return worker
+
+    def report(self, report: WorkerStatusReport, now: float) -> Folded:
+        """Fold a worker's report in. Raises Unauthorized."""
+        before = self.authenticate(report.id, report.mtoken)
+        after = fold_report(before, report, now)
+        load = self._loads[report.id]
+        adopted = load.reconcile(
+            frozenset(report.working_request_idxs),
+            cur_load=report.cur_load,
+            working_count=report.num_requests_working,
+            now=now,
+        )
+        load.warm = frozenset(after.warm_models)
+        self.put(after, now)
+        return Folded(before=before, after=after, adopted=tuple(adopted))
+
+    def book(self, worker_id: int, booking: Booking) -> None:
+        """Book a request on a worker, which now comes last among equals."""
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            raise NotFound("the worker is gone", worker_id=worker_id)
+        load = self._loads[worker_id]
+        load.book(booking)
+        order = self._by_endpoint[worker.endpoint_id]
+        order[worker_id] = order.pop(worker_id)
+
+    def quarantine(self, worker_id: int, now: float) -> None:
+        """Nobody could reach it: out of routing, longer each time in a row; `vouch` ends the row."""
+        worker = self._workers[worker_id]
+        if now < worker.quarantined_until:
+            return
+        for_s = min(QUARANTINE_CAP_S, QUARANTINE_FIRST_S * 2**worker.quarantines)
+        self.change(worker_id, now, quarantined_until=now + for_s, quarantines=worker.quarantines + 1)
+
+    def vouch(self, worker_id: int, now: float) -> None:
+        """It finished a request: it can be reached."""
+        worker = self._workers.get(worker_id)
+        if worker is not None and worker.quarantines:
+            self.change(worker_id, now, quarantined_until=0.0, quarantines=0)
+
+    def sweep(self, now: float) -> list[Worker]:
+        """Close the loads of silent workers, open those whose quarantine is over. Returns the newly closed."""
+        closed = []
+        for worker in self._workers.values():
+            was_open = self._loads[worker.id].is_open
+            self._refresh(worker, now)
+            if was_open and not self._loads[worker.id].is_open:
+                closed.append(worker)
+        return closed
+
+    def _refresh(self, worker: Worker, now: float) -> None:
+        load = self._loads[worker.id]
+        load.is_open = is_routable(worker, now)
+        load.score = worker.perf * (FLAGGED_SHARE if worker.flag else 1.0)
+
+
+def lasting(worker: Worker) -> tuple[object, ...]:
+    """What of a worker is worth a write when it changes."""
+    return (
+        worker.state,
+        worker.intent,
+        worker.url,
+        worker.incarnation,
+        worker.measured_perf,
+        worker.generation,
+        worker.gpu_name,
+        worker.failures,
+        worker.flag,
+    )
+
+
+def revived(worker: Worker, now: float) -> Worker:
+    """A worker read from the store at start: out of routing until it reports, and given a moment to do so."""
+    return msgspec.structs.replace(
+        worker,
+        last_report_at=0.0 if worker.last_report_at == 0.0 else now - SILENT_AFTER_S,
+        cur_load=0.0,
+        quarantined_until=0.0,
+    )
