@@ -29,18 +29,30 @@ class Shown:
 
 
 class Folders(Protocol):
-    """Where a run finds and puts files."""
+    """Where a run finds and puts files. Paths out of these folders do not exist for a graph."""
 
-    def model_names(self, kind: str) -> list[str]:
-        """Names in a model folder ("checkpoints", "vae", …), sorted, sub-folders with '/', miniatures last."""
+    def model_names(self, folder: str) -> list[str]:
+        """Names in a model folder ("checkpoints", "vae", …), sorted; a real file hides a miniature."""
         ...
 
-    def model_path(self, kind: str, name: str) -> str: ...
+    def model_path(self, folder: str, name: str) -> str:
+        """Raises FileNotFoundError."""
+        ...
 
-    def input_names(self) -> list[str]: ...
+    def is_miniature(self, folder: str, name: str) -> bool: ...
+
+    def input_names(self, media: str) -> list[str]:
+        """Input files of a medium ("image", "audio", "video", "latent"), by extension, sorted."""
+        ...
+
+    def has_input(self, name: str) -> bool: ...
 
     def input_path(self, name: str) -> str:
-        """The path of an input file; never outside the input, output or temp folder."""
+        """The path of an input file, "name", "sub/name" or "name [output]". Raises FileNotFoundError."""
+        ...
+
+    def temp_suffix(self) -> str:
+        """`_temp_` and five letters: what a preview's name has after its prefix."""
         ...
 
     def next_output(
@@ -186,14 +198,10 @@ class Declaration:
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A declared node and its function `f(run: NodeRun, *, <inputs by name>)`.
-
-    `fingerprint(folders, **inputs)` joins the cache signature, for results that depend on more than inputs and files.
-    """
+    """A declared node and its function `f(run: NodeRun, *, <inputs by name>)`."""
 
     declaration: Declaration
     function: NodeFunction
-    fingerprint: Callable[..., str] | None = None
 
 
 METADATA = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"}
@@ -239,7 +247,6 @@ class NodeRegistry:
         description: str = "",
         is_output: bool = False,
         hidden: Mapping[str, str] | None = None,
-        fingerprint: Callable[..., str] | None = None,
     ) -> Callable[[NodeFunction], NodeFunction]:
         """Declare the decorated function `f(run: NodeRun, *, <inputs by name>)` as node `name`."""
         declaration = Declaration(
@@ -255,7 +262,7 @@ class NodeRegistry:
         )
 
         def declare(function: NodeFunction) -> NodeFunction:
-            self.add(Node(declaration=declaration, function=function, fingerprint=fingerprint))
+            self.add(Node(declaration=declaration, function=function))
             return function
 
         return declare

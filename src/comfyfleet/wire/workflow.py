@@ -72,13 +72,13 @@ def _parse_node(node_id: str, node: object) -> dict[str, Any]:
     return rebuilt
 
 
-def unfit_value(value: object) -> str | None:
+def unfit_value(value: object, max_depth: int = MAX_DEPTH) -> str | None:
     """Why a JSON value must not be forwarded (too deep, not finite), or None. Never recurses."""
     stack: list[tuple[object, int]] = [(value, 1)]
     while stack:
         current, depth = stack.pop()
-        if depth > MAX_DEPTH:
-            return f"nested deeper than {MAX_DEPTH} levels"
+        if depth > max_depth:
+            return f"nested deeper than {max_depth} levels"
         if isinstance(current, float) and not math.isfinite(current):
             return "not a finite number"
         if isinstance(current, Mapping):

@@ -1,0 +1,284 @@
+"""Runs a checked prompt: takes what is known from the cache, runs the rest in order, tells every step as an event.
+
+One prompt at a time, on the thread that calls `run`. It never raises for what a node did: a failure, an interrupt and
+running out of memory are outcomes. It stops between nodes and wherever a node tells its progress.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from comfyfleet.clock import Clock
+from comfyfleet.engine import events
+from comfyfleet.engine.cache import FileState, Result, ResultCache
+from comfyfleet.engine.folders import EngineFolders
+from comfyfleet.engine.media.pictures import preview_jpeg
+from comfyfleet.engine.memory import Residency
+from comfyfleet.engine.plan import Plan
+from comfyfleet.engine.registry import (
+    Declaration,
+    InputFiles,
+    Interrupted,
+    ModelFiles,
+    NodeRegistry,
+    OutputName,
+    Shown,
+)
+from comfyfleet.engine.signature import signatures
+from comfyfleet.wire.workflow import is_link
+
+MODEL_KINDS = {"MODEL", "CLIP", "VAE"}
+MAX_SHOWN_INPUT = 2000  # characters of one input's text in an error
+OUT_OF_MEMORY = "torch.OutOfMemoryError"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A checked prompt to run. `outputs` are those that validation found good."""
+
+    prompt_id: str
+    graph: Mapping[str, Any]
+    outputs: list[str]
+    extra_pnginfo: Mapping[str, Any]
+    wants_previews: bool = False
+
+
+class Executor:
+    """Holds what outlives a run: registry, folders, result cache, models on the device."""
+
+    def __init__(
+        self,
+        *,
+        registry: NodeRegistry,
+        folders: EngineFolders,
+        cache: ResultCache,
+        residency: Residency,
+        clock: Clock,
+    ) -> None:
+        self.registry = registry
+        self.folders = folders
+        self.cache = cache
+        self.residency = residency
+        self.clock = clock
+
+    def run(self, job: Job, emit: events.Emit, is_stopped: Callable[[], bool]) -> events.RunOutcome:
+        """Run the job's outputs. `is_stopped` is asked before each node and at each step."""
+        return _Run(self, job, emit, is_stopped).execute()
+
+    def free(self, *, unload_models: bool, drop_results: bool) -> None:
+        """Give memory back between prompts."""
+        if drop_results:
+            self.cache.clear()
+        if unload_models:
+            self.cache.drop_holding_weights()
+            self.residency.release_all()
+
+    def now_ms(self) -> int:
+        return int(self.clock.now() * 1000)
+
+
+class _Run:
+    """One run of one job; also the `NodeRun` that its nodes see."""
+
+    def __init__(self, owner: Executor, job: Job, emit: events.Emit, is_stopped: Callable[[], bool]) -> None:
+        self._owner = owner
+        self._job = job
+        self._emit = emit
+        self._is_stopped = is_stopped
+        self._executed: list[str] = []
+        self._results: dict[str, Result] = {}
+        self._written: list[FileState] = []
+        self.node_id = ""
+        self.folders = owner.folders
+        self.prompt = job.graph
+        self.extra_pnginfo = job.extra_pnginfo
+        self.device = owner.residency.device
+
+    # What a node may ask
+
+    def progress(self, value: int, maximum: int, preview: Callable[[], Any] | None = None) -> None:
+        if self._is_stopped():
+            raise Interrupted
+        image = preview_jpeg(preview()) if preview is not None and self._job.wants_previews else None
+        self._emit(events.NodeProgress(node=self.node_id, value=value, maximum=maximum, preview=image))
+
+    def commit(self, output: OutputName) -> None:
+        self.folders.commit(output)
+        self._written.append(FileState.of(output.path))
+
+    # The run
+
+    def execute(self) -> events.RunOutcome:
+        graph, owner = self._job.graph, self._owner
+        self._emit(events.RunStarted(timestamp_ms=owner.now_ms()))
+        names = signatures(graph, self._declaration, self._file_mark)
+        for node_id in graph:
+            known = owner.cache.get(names.get(node_id))
+            if known is not None:
+                self._results[node_id] = known
+        self._emit(events.CacheHits(nodes=list(self._results), timestamp_ms=owner.now_ms()))
+        known_nodes = set(self._results)
+        is_output = {node_id: self._declaration(node["class_type"]).is_output for node_id, node in graph.items()}
+        plan = Plan(graph, self._job.outputs, is_output=is_output, known=known_nodes)
+        while (next_node := plan.next_node()) is not None:
+            node_id = self.node_id = next_node
+            if node_id in known_nodes:
+                self._emit(events.NodeReused(node=node_id, ui=self._results[node_id].ui))
+            else:
+                failure = self._attempt(node_id, names.get(node_id))
+                if failure is not None:
+                    return self._outcome("error", failure)
+                if node_id not in self._results:
+                    return self._outcome("interrupted", None)
+                self._executed.append(node_id)
+            plan.finish(node_id)
+        self._emit(events.RunSucceeded(timestamp_ms=owner.now_ms()))
+        return self._outcome("success", None)
+
+    def _attempt(self, node_id: str, signature: str | None) -> events.RunFailed | None:
+        """Run one node. None with a result: it ran. None without: interrupted. Else: why it failed."""
+        self._emit(events.NodeStarted(node=node_id))
+        class_type = self._job.graph[node_id]["class_type"]
+        inputs: dict[str, Any] = {}
+        try:
+            if self._is_stopped():
+                raise Interrupted
+            inputs = self._inputs(node_id)
+            result = self._call(class_type, inputs)
+        except Interrupted:
+            self._emit(
+                events.RunInterrupted(
+                    node_id=node_id,
+                    node_type=class_type,
+                    executed=list(reversed(self._executed)),
+                    timestamp_ms=self._owner.now_ms(),
+                )
+            )
+            return None
+        except Exception as error:  # the boundary of a node: whatever its code raises is the job's failure
+            failure = self._failure(node_id, class_type, inputs, error)
+            self._emit(failure)
+            if failure.exception_type == OUT_OF_MEMORY:
+                self._results.clear()
+                self._owner.free(unload_models=True, drop_results=True)
+            return failure
+        self._results[node_id] = result
+        self._owner.cache.put(signature, result)
+        if result.ui is not None:
+            self._emit(events.NodeShown(node=node_id, ui=result.ui))
+        self._emit(events.NodeFinished(node=node_id))
+        return None
+
+    def _inputs(self, node_id: str) -> dict[str, Any]:
+        node = self._job.graph[node_id]
+        declared = self._declaration(node["class_type"]).inputs
+        found: dict[str, Any] = {}
+        for name, value in node["inputs"].items():
+            if name not in declared:
+                continue
+            found[name] = self._results[value[0]].outputs[value[1]] if is_link(value) else value
+        return found
+
+    def _call(self, class_type: str, inputs: dict[str, Any]) -> Result:
+        node = self._owner.registry[class_type]
+        self._bring_models(node.declaration, inputs)
+        self._written = []
+        given = node.function(self, **inputs)
+        if isinstance(given, Shown):
+            ui = {name: list(values) for name, values in given.ui.items()}
+            return Result(outputs=given.outputs, ui=ui, files=tuple(self._written))
+        return Result(outputs=given, files=tuple(self._written))
+
+    def _bring_models(self, declaration: Declaration, inputs: Mapping[str, Any]) -> None:
+        """A node that takes a model and does not hand one on is about to compute with it."""
+        for name, declared in declaration.inputs.items():
+            if declared.kind in MODEL_KINDS and declared.kind not in declaration.outputs and name in inputs:
+                model = inputs[name]
+                self._owner.residency.use(getattr(model, "network", model))
+
+    def _failure(self, node_id: str, class_type: str, inputs: Mapping[str, Any], error: Exception) -> events.RunFailed:
+        kind, message = describe_error(error)
+        return events.RunFailed(
+            node_id=node_id,
+            node_type=class_type,
+            executed=list(reversed(self._executed)),
+            exception_message=message,
+            exception_type=kind,
+            traceback=traceback.format_tb(error.__traceback__),
+            current_inputs={name: [shown_value(value)] for name, value in inputs.items()},
+            current_outputs=list(self._results),
+            timestamp_ms=self._owner.now_ms(),
+        )
+
+    def _outcome(self, status: Any, failure: events.RunFailed | None) -> events.RunOutcome:
+        shown = {node_id: ui for node_id, result in self._results.items() if (ui := result.ui) is not None}
+        return events.RunOutcome(
+            status=status,
+            outputs={node_id: shown[node_id] for node_id in self._job.graph if node_id in shown},
+            miniature=self._used_miniature(),
+            failure=failure,
+        )
+
+    def _used_miniature(self) -> bool:
+        """True when a loader upstream of an output names a miniature file."""
+        for _, declared, value in self._needed_files():
+            if isinstance(declared, ModelFiles) and self.folders.is_miniature(declared.folder, value):
+                return True
+        return False
+
+    def _needed_files(self) -> list[tuple[str, Any, str]]:
+        found = []
+        stack, seen = list(self._job.outputs), set(self._job.outputs)
+        while stack:
+            node_id = stack.pop()
+            node = self._job.graph[node_id]
+            declared = self._declaration(node["class_type"]).inputs
+            for name, value in node["inputs"].items():
+                if is_link(value) and value[0] not in seen and value[0] in self._job.graph:
+                    seen.add(value[0])
+                    stack.append(value[0])
+                elif name in declared and isinstance(value, str) and declared[name].options is not None:
+                    found.append((name, declared[name].options, value))
+        return found
+
+    # What a signature asks
+
+    def _declaration(self, class_type: str) -> Declaration:
+        return self._owner.registry[class_type].declaration
+
+    def _file_mark(self, declaration: Declaration, name: str, value: Any) -> str:
+        options = declaration.inputs[name].options
+        try:
+            if isinstance(options, ModelFiles) and isinstance(value, str):
+                return self.folders.state_of(self.folders.model_path(options.folder, value))
+            if isinstance(options, InputFiles) and isinstance(value, str):
+                return self.folders.digest_of(self.folders.input_path(value))
+        except OSError:
+            pass  # the file is gone: its node will say so when it runs, and nothing cached can match
+        return ""
+
+
+def describe_error(error: Exception) -> tuple[str, str]:
+    """(dotted type, message) as ComfyUI tells them; every way of running out of memory has one type."""
+    kind = type(error).__qualname__
+    module = type(error).__module__
+    message = f"{error}\n"
+    is_refused_allocation = "allocate memory" in str(error) or "not enough memory" in str(error)
+    if kind in ("OutOfMemoryError", "MemoryError") or (isinstance(error, RuntimeError) and is_refused_allocation):
+        hint = "This needed more memory than there is: a smaller size, fewer frames or a smaller batch needs less.\n"
+        return OUT_OF_MEMORY, f"{message}\n{hint}"
+    return (kind if module == "builtins" else f"{module}.{kind}"), message
+
+
+def shown_value(value: Any) -> Any:
+    """An input as an error shows it: short, and never a tensor's numbers."""
+    if isinstance(value, int | float | bool) or value is None:
+        return value
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{type(value).__name__} {tuple(value.shape)} {value.dtype}"
+    if isinstance(value, str):
+        return value[:MAX_SHOWN_INPUT]
+    return type(value).__name__

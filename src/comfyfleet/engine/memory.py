@@ -1,0 +1,63 @@
+"""Which models are on the device: within a byte budget, the least recently used one moves off first.
+
+Knows nothing of what a model computes; anything with `size_bytes` and `move_to` can be resident. Weights that nobody
+holds any more are forgotten by themselves.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+import psutil
+
+OFFLOAD_DEVICE = "cpu"
+
+
+class Movable(Protocol):
+    size_bytes: int
+
+    def move_to(self, device: str) -> None: ...
+
+
+class Residency:
+    """The models on one device. On a CPU nothing moves, and this only remembers what was used."""
+
+    def __init__(self, device: str, budget_bytes: int) -> None:
+        self.device = device
+        self._budget_bytes = budget_bytes
+        self._resident: dict[int, weakref.ref[Any]] = {}  # by identity, least recently used first
+
+    def use(self, model: Movable) -> None:
+        """Bring a model to the device, making room for it first."""
+        self._resident.pop(id(model), None)
+        room = self._budget_bytes - model.size_bytes
+        for key, other in self._living():
+            if self.size_bytes <= room:
+                break
+            other.move_to(OFFLOAD_DEVICE)
+            del self._resident[key]
+        model.move_to(self.device)
+        self._resident[id(model)] = weakref.ref(model)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(model.size_bytes for _, model in self._living())
+
+    def release_all(self) -> None:
+        """Move everything off the device."""
+        for key, model in self._living():
+            model.move_to(OFFLOAD_DEVICE)
+            del self._resident[key]
+
+    def _living(self) -> list[tuple[int, Any]]:
+        living = [(key, reference()) for key, reference in self._resident.items()]
+        for key, model in living:
+            if model is None:
+                del self._resident[key]
+        return [(key, model) for key, model in living if model is not None]
+
+
+def default_cache_bytes() -> int:
+    """What results may take of the machine's memory when nobody said: a fifth of it."""
+    return int(psutil.virtual_memory().total * 0.2)

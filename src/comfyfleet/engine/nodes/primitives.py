@@ -1,0 +1,31 @@
+"""Plain values as nodes, so that one value can feed several inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfyfleet.engine.registry import Input, NodeRegistry, NodeRun, boolean, integer, real, text
+
+NODES = NodeRegistry()
+WHOLE = 2**63 - 1
+PRIMITIVES: dict[str, tuple[str, str, Input]] = {
+    "PrimitiveString": ("String", "STRING", text()),
+    "PrimitiveStringMultiline": ("String (Multiline)", "STRING", text(multiline=True)),
+    "PrimitiveInt": ("Int", "INT", integer(0, -WHOLE, WHOLE, control_after_generate=True)),
+    "PrimitiveFloat": ("Float", "FLOAT", real(0.0, -float(WHOLE), float(WHOLE))),
+    "PrimitiveBoolean": ("Boolean", "BOOLEAN", boolean()),
+}
+
+
+def give(run: NodeRun, *, value: Any) -> tuple[Any]:
+    return (value,)
+
+
+for _name, (_display_name, _kind, _declared) in PRIMITIVES.items():
+    NODES.node(
+        _name,
+        inputs={"value": _declared},
+        outputs=[_kind],
+        category="utils/primitive",
+        display_name=_display_name,
+    )(give)

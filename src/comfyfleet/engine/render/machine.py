@@ -1,0 +1,61 @@
+"""The executor of a process that has torch, and what its devices are. Importing this loads torch and all nodes."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from comfyfleet.clock import Clock
+from comfyfleet.engine.cache import ResultCache
+from comfyfleet.engine.executor import Executor
+from comfyfleet.engine.folders import EngineFolders
+from comfyfleet.engine.memory import Residency, default_cache_bytes
+from comfyfleet.engine.nodes import all_nodes
+from comfyfleet.engine.render.messages import Device
+from comfyfleet.engine.render.setup import RenderSettings
+
+MODEL_SHARE = 0.85  # of a device's memory; the rest is for activations
+
+
+def make_executor(settings: RenderSettings, folders: EngineFolders, clock: Clock) -> Executor:
+    """Call once, on the thread that will render: gradients are off for it."""
+    torch.set_grad_enabled(False)
+    total = devices(settings.device)[0].vram_total
+    return Executor(
+        registry=all_nodes(),
+        folders=folders,
+        cache=ResultCache(settings.cache_bytes or default_cache_bytes()),
+        residency=Residency(settings.device, settings.model_bytes or int(total * MODEL_SHARE)),
+        clock=clock,
+    )
+
+
+def devices(device: str) -> list[Device]:
+    """The device models compute on. On a CPU its memory is the machine's."""
+    if device.startswith("cuda"):
+        index = torch.device(device).index or 0
+        free, total = torch.cuda.mem_get_info(index)
+        reserved = torch.cuda.memory_reserved(index)
+        return [
+            Device(
+                name=f"cuda:{index} {torch.cuda.get_device_name(index)}",
+                type="cuda",
+                index=index,
+                vram_total=total,
+                vram_free=free,
+                torch_vram_total=reserved,
+                torch_vram_free=reserved - torch.cuda.memory_allocated(index),
+            )
+        ]
+    memory = psutil.virtual_memory()
+    return [
+        Device(
+            name="cpu",
+            type="cpu",
+            index=None,
+            vram_total=memory.total,
+            vram_free=memory.available,
+            torch_vram_total=memory.total,
+            torch_vram_free=memory.available,
+        )
+    ]
