@@ -82,6 +82,11 @@ class AddressRules:
                 hosts.add(text)
         return cls(allowed_hosts=frozenset(hosts), allowed_networks=tuple(networks))
 
+    @classmethod
+    def anywhere(cls) -> AddressRules:
+        """For what the operator set himself: his own network is his to use."""
+        return cls(allowed_networks=(IPv4Network("0.0.0.0/0"), IPv6Network("::/0")))
+
     def allows(self, host: str, address: Address) -> bool:
         """Whether a connection to `address`, asked for under the name `host`, may be made."""
         if host.strip("[]").rstrip(".").lower() in self.allowed_hosts:

@@ -130,15 +130,6 @@ class GuardedFetcher:
         check_host(self.rules, parsed.host)
         return parsed
 
-    async def check_reachable(self, url: str) -> None:
-        """Resolve a URL's host now and check every address it has; for clients that connect by themselves."""
-        parsed = self.check_url(url)
-        resolver = GuardedResolver(self.rules, self._resolver)
-        try:
-            await resolver.resolve(parsed.host or "", parsed.port or 0)
-        except OSError as problem:
-            raise InputUnavailable(f"{parsed.host} cannot be resolved", host=parsed.host) from problem
-
     async def download(
         self,
         url: str,
@@ -173,11 +164,7 @@ class GuardedFetcher:
                 current, headers=headers, allow_redirects=False, timeout=_timeout(within)
             ) as answer:
                 if answer.status in _REDIRECTS:
-                    target = yarl.URL(answer.headers.get("Location", ""))
-                    # A hop may not bring its own password, nor lead from TLS to the open.
-                    following = self.check_url(str(current.join(target).with_user(None)))
-                    if current.scheme == "https" and following.scheme == "http":
-                        raise InputRefused("a redirect led from https to http", reason="redirect")
+                    following = self._next_hop(current, answer.headers.get("Location", ""))
                     current = following
                     continue
                 if answer.status == 304 and if_none_match:
@@ -190,6 +177,17 @@ class GuardedFetcher:
                     )
                 return await self._save(answer, current, into, within)
         raise InputRefused(f"more than {within.max_redirects} redirects", reason="redirect")
+
+    def _next_hop(self, current: yarl.URL, location: str) -> yarl.URL:
+        """Where a redirect leads: it may not bring a password of its own, nor lead from TLS to the open."""
+        try:
+            target = current.join(yarl.URL(location))
+        except ValueError as problem:
+            raise InputRefused("a redirect led to no URL", reason="redirect") from problem
+        following = self.check_url(str(target)).with_user(None)
+        if current.scheme == "https" and following.scheme == "http":
+            raise InputRefused("a redirect led from https to http", reason="redirect")
+        return following
 
     async def _save(
         self, answer: aiohttp.ClientResponse, url: yarl.URL, into: BinaryIO, within: FetchLimits

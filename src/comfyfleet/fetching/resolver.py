@@ -13,6 +13,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
 
 from comfyfleet.fetching.addresses import AddressRules, parse_address
+from comfyfleet.wire.errors import InputRefused
 
 
 class GuardedResolver(AbstractResolver):
@@ -39,7 +40,19 @@ class GuardedResolver(AbstractResolver):
 
 
 def check_host(rules: AddressRules, host: str) -> None:
-    """Check a host that may be a literal address; a name passes here and is checked when it is resolved."""
+    """Check a host that may be a literal address; a name passes here and is checked when it is resolved.
+
+    What only looks like an address (`127.1`, `2130706433`, `0x7f.1`) is refused: HTTP clients take some of these for
+    literals, skip the resolver, and leave it to the system to make 127.0.0.1 of them.
+    """
     address = parse_address(host)
     if address is not None:
         rules.check(host, address)
+    elif ":" in host or ends_in_number(host):
+        raise InputRefused(f"{host} is no host name", host=host, reason="address_refused")
+
+
+def ends_in_number(host: str) -> bool:
+    """The WHATWG URL standard's test for a host that is meant as an IPv4 address, in whatever notation."""
+    last = host.rstrip(".").rpartition(".")[2].lower()
+    return last.isdigit() or (last.startswith("0x") and all(digit in "0123456789abcdef" for digit in last[2:]))

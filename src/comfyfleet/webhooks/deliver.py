@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
-from urllib.parse import urlsplit
 
 import anyio
 import anyio.to_thread
@@ -54,10 +53,18 @@ class Webhooks:
     """Send, test, replay, list. `run` is the loop; it ends when its scope is cancelled."""
 
     def __init__(
-        self, outbox: Outbox, fetcher: GuardedFetcher, clock: Clock, ids: Ids, *, policy: Backoff = HOURS
+        self,
+        outbox: Outbox,
+        fetcher: GuardedFetcher,
+        clock: Clock,
+        ids: Ids,
+        *,
+        trusted: GuardedFetcher | None = None,
+        policy: Backoff = HOURS,
     ) -> None:
         self._outbox = outbox
         self._fetcher = fetcher
+        self._trusted = trusted or fetcher
         self._clock = clock
         self._ids = ids
         self._policy = policy
@@ -72,7 +79,7 @@ class Webhooks:
 
         Raises InputRefused for a URL that can never be told.
         """
-        host = self._fetcher.check_url(receiver.url).host or ""
+        host = self._fetcher_for(receiver).check_url(receiver.url).host or ""
         identity = envelope.event_id(scope, job, event, occurrence, receiver.url)
         await anyio.to_thread.run_sync(
             lambda: self._outbox.add(
@@ -194,7 +201,7 @@ class Webhooks:
         began, now = self._clock.monotonic(), self._clock.now()
         posted, refused, reason = None, False, ""
         try:
-            posted = await self._fetcher.post(
+            posted = await self._fetcher_for(receiver).post(
                 receiver.url,
                 body,
                 headers=envelope.headers(event, identity, body, secrets=receiver.secrets, now_s=now),
@@ -214,6 +221,9 @@ class Webhooks:
         policy = SHORT if event in PASSING_EVENTS else self._policy
         return delivery, next_step(posted, refused, attempt, policy, self._ids)
 
+    def _fetcher_for(self, receiver: Receiver) -> GuardedFetcher:
+        return self._trusted if receiver.trusted else self._fetcher
+
     def _unopened(self, event: OutgoingEvent, attempt: int) -> Delivery:
         reason = "the receiver was sealed with a key that is gone"
         return Delivery(
@@ -222,8 +232,3 @@ class Webhooks:
 
     def _nudge(self) -> None:
         self._wake.set()
-
-
-def host_of(url: str) -> str:
-    """The host, for logs; never the path or the query, which may carry a token."""
-    return urlsplit(url).hostname or ""

@@ -70,6 +70,7 @@ class Receiver:
     url: str = field(repr=False)
     secrets: tuple[str, ...] = field(default=(), repr=False)
     timeout_s: float = 30.0
+    trusted: bool = False  # the operator named it, so it may be on his own network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ class Outbox:
         self, identity: str, *, scope: str, job: str, event: str, host: str, receiver: Receiver, body: bytes, now: float
     ) -> bool:
         """Promise to tell. False when this id was promised before."""
-        sealed = self._sealer.seal(msgspec.json.encode([receiver.url, receiver.secrets, receiver.timeout_s]))
+        sealed = self._sealer.seal(msgspec.json.encode(receiver))
         with self._lock:
             values = (identity, scope, job, event, host, sealed, body, now, now)
             return self._base.execute(_ADD, values).rowcount == 1
@@ -189,9 +190,8 @@ class Outbox:
 
     def _event(self, row: sqlite3.Row) -> OutgoingEvent:
         try:
-            url, secrets, timeout_s = msgspec.json.decode(self._sealer.open(row["sealed"]))
-            receiver = Receiver(url=url, secrets=tuple(secrets), timeout_s=timeout_s)
-        except CannotOpen:
+            receiver = msgspec.json.decode(self._sealer.open(row["sealed"]), type=Receiver)
+        except (CannotOpen, msgspec.MsgspecError):
             receiver = None
         plain = {name: row[name] for name in row.keys() if name not in ("sealed", "state")}  # noqa: SIM118
         return OutgoingEvent(receiver=receiver, state=EventState(row["state"]), **plain)

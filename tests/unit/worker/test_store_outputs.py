@@ -46,7 +46,7 @@ class AnEngine:
         async with GuardedFetcher(rules, self.clock) as fetcher:
             stage = StoreOutputs(
                 LocalStorage(self.root / "kept", "http://files.test", UrlSigner(b"k" * 32, self.clock), self.clock),
-                Destinations(None, S3Storages(self.clock), fetcher),
+                Destinations(None, S3Storages(self.clock), fetcher, tunnel_url=""),
                 url_expires_s=3600,
                 base64_max_bytes=self.base64_max_bytes,
             )

@@ -1,7 +1,7 @@
 """Which store takes a job's outputs: the request's S3 over the environment's, field by field; else none but the disk.
 
 A request may name an endpoint of its own only with keys of its own, or it could make the operator's keys sign for a
-stranger. Such an endpoint is reached under the guarded fetcher's address rules.
+stranger. Such an endpoint is reached only through the guarded tunnel, under the same address rules as any other URL.
 """
 
 from __future__ import annotations
@@ -49,10 +49,13 @@ def effective_s3(operator: S3Settings | None, request: S3Target) -> S3Settings |
 class Destinations:
     """Opens the store of a request."""
 
-    def __init__(self, operator: S3Settings | None, storages: S3Storages, fetcher: GuardedFetcher) -> None:
+    def __init__(
+        self, operator: S3Settings | None, storages: S3Storages, fetcher: GuardedFetcher, *, tunnel_url: str
+    ) -> None:
         self._operator = operator
         self._storages = storages
         self._fetcher = fetcher
+        self._tunnel_url = tunnel_url
 
     def check(self, request: S3Target) -> None:
         """Refuse settings that can never work, before the job is accepted. Raises Unprocessable or InputRefused."""
@@ -60,24 +63,22 @@ class Destinations:
         if chosen is not None and request.endpoint_url:
             self._fetcher.check_url(chosen.endpoint_url)
 
-    async def open(self, request: S3Target) -> Storage | None:
+    def open(self, request: S3Target) -> Storage | None:
         """The S3 store, or None when there is none. Raises StorageFailed."""
         try:
             chosen = effective_s3(self._operator, request)
             if chosen is None:
                 return None
-            if request.endpoint_url:
-                await self._fetcher.check_reachable(chosen.endpoint_url)
         except FleetError as problem:
             raise StorageFailed(problem.message) from problem
-        return self._storages.get(chosen)
+        return self._storages.get(chosen, proxy_url=self._tunnel_url if request.endpoint_url else "")
 
-    async def open_bucket(self, bucket: str, request: S3Target) -> Storage:
+    def open_bucket(self, bucket: str, request: S3Target) -> Storage:
         """A store for reading `s3://bucket/…`. Raises StorageFailed when these keys may not read there."""
         own_keys = bool(request.access_key_id and request.secret_access_key)
         if not own_keys and (self._operator is None or bucket != self._operator.bucket):
             raise StorageFailed("reading from this bucket needs s3.access_key_id and s3.secret_access_key")
-        store = await self.open(msgspec.structs.replace(request, bucket_name=bucket))
+        store = self.open(msgspec.structs.replace(request, bucket_name=bucket))
         if store is None:
             raise StorageFailed("no S3 keys are set")
         return store

@@ -174,7 +174,7 @@ class FetchInputs:
         if not bucket or not key:
             raise reference.refused("an s3 URL is s3://bucket/key")
         try:
-            store = await self._destinations.open_bucket(bucket, request.s3)
+            store = self._destinations.open_bucket(bucket, request.s3)
             return (await store.url(key, expires_in_s=_S3_LINK_S)).url
         except (StorageFailed, ValueError) as problem:
             raise reference.refused(str(problem)) from problem

@@ -16,6 +16,7 @@ import anyio
 from comfyfleet.clock import Clock
 from comfyfleet.fetching.addresses import AddressRules
 from comfyfleet.fetching.fetcher import GuardedFetcher
+from comfyfleet.fetching.tunnel import guarded_tunnel
 from comfyfleet.ids import Ids
 from comfyfleet.sealing import Sealer
 from comfyfleet.settings.outreach import FetchSettings, WebhookSettings
@@ -72,17 +73,20 @@ async def open_kit(
     ids: Ids,
 ) -> AsyncIterator[Kit]:
     """The stages, with the fetcher open and webhooks being delivered, until the block ends."""
+    rules = AddressRules.parse(fetch.allowed_private_hosts)
     signer = UrlSigner(places.key, clock)
     local = LocalStorage(places.output, storage.files_url, signer, clock)
     outbox = Outbox(places.outbox, Sealer(places.key, "webhooks"))
     try:
         async with (
-            GuardedFetcher(AddressRules.parse(fetch.allowed_private_hosts), clock) as fetcher,
+            GuardedFetcher(rules, clock) as fetcher,
+            GuardedFetcher(AddressRules.anywhere(), clock) as trusted,
+            guarded_tunnel(rules, ids.token()) as tunnel_url,
             anyio.create_task_group() as loops,
         ):
-            destinations = Destinations(storage.s3, S3Storages(clock), fetcher)
+            destinations = Destinations(storage.s3, S3Storages(clock), fetcher, tunnel_url=tunnel_url)
             inputs = InputStore(places.engine_input, clock, max_bytes=fetch.input_cache_bytes)
-            webhooks = Webhooks(outbox, fetcher, clock, ids)
+            webhooks = Webhooks(outbox, fetcher, clock, ids, trusted=trusted)
             loops.start_soon(webhooks.run, name="webhooks")
             yield Kit(
                 fetch_inputs=FetchInputs(

@@ -36,7 +36,8 @@ def receiver_of(target: WebhookTarget, operator: WebhookSettings) -> Receiver | 
     if not url:
         return None
     secrets = tuple(target.secret.replace(",", " ").split()) or operator.secrets
-    return Receiver(url=url, secrets=secrets, timeout_s=target.timeout or operator.timeout_s)
+    timeout_s = target.timeout if target.url and target.timeout > 0 else operator.timeout_s
+    return Receiver(url=url, secrets=secrets, timeout_s=timeout_s, trusted=url == operator.url)
 
 
 class Notify:

@@ -87,7 +87,7 @@ class StoreOutputs:
             )
             for one, key in zip(named, keys, strict=True)
         ]
-        remote, refused = await self._open(request.s3)
+        remote, refused = self._open(request.s3)
         where = _Where(folders=folders, copy=copy, remote=remote, expires_in_s=self._expiry(request))
         full: list[DiskFull] = []
         async with anyio.create_task_group() as files:
@@ -102,16 +102,16 @@ class StoreOutputs:
 
     async def resign(self, outputs: Sequence[OutputEntry], *, request: GenerateInput) -> None:
         """New links, in place, for a result that is read later."""
-        remote, _ = await self._open(request.s3)
+        remote, _ = self._open(request.s3)
         expires_in_s = self._expiry(request)
         for output in outputs:
             key = self._key_of(output)
             if key and output.size_bytes is not None:
                 await self._link(output, key, None if output.upload_error else remote, expires_in_s)
 
-    async def _open(self, target: S3Target) -> tuple[Storage | None, str]:
+    def _open(self, target: S3Target) -> tuple[Storage | None, str]:
         try:
-            return await self._destinations.open(target), ""
+            return self._destinations.open(target), ""
         except StorageFailed as problem:
             return None, str(problem)
 
