@@ -12,15 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from comfyfleet.engine.models.checkpoint import Checkpoint
 from comfyfleet.engine.models.layers import LowRank
+from comfyfleet.wire.errors import ModelFileUnusable
 
 DOWN = (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", "_lora.down.weight", ".lora.down.weight")
 UP = (".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", "_lora.up.weight", ".lora.up.weight")
+OTHER_KINDS = (".dora_scale", ".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".oft_blocks", ".oft_diag", ".a1.weight")
 ENDINGS = (*DOWN, *UP, ".alpha", ".diff", ".diff_b")
 
 
@@ -71,11 +74,17 @@ NO_PATCHES = Patches()
 
 
 def read_lora(checkpoint: Checkpoint, names: Mapping[str, str], strength: float) -> Patches:
-    """The changes of one LoRA file for a model whose modules are `names`: LoRA's module name -> the model's own.
+    """The changes of one LoRA file for a model: `names` is the LoRA's word for a parameter -> the parameter.
 
     Modules of the file that are not in `names` belong to another model (a LoRA for model and text encoder) or to
-    another family; the caller decides what no match at all means.
+    another family; the caller decides what no match at all means. Raises ModelFileUnusable for other kinds of adapter.
     """
+    odd = next((name for name in checkpoint if name.endswith(OTHER_KINDS)), None)
+    if odd is not None:
+        file = Path(checkpoint.path).name
+        raise ModelFileUnusable(
+            f"{file} is a LoHa, LoKr, OFT or DoRA adapter; only LoRA is known", file=file, tensor=odd
+        )
     changes: dict[str, tuple[Change, ...]] = {}
     for module in sorted({_module(name) for name in checkpoint if name.endswith(ENDINGS)}):
         target = names.get(module)
@@ -86,22 +95,23 @@ def read_lora(checkpoint: Checkpoint, names: Mapping[str, str], strength: float)
             rank = down.shape[0]
             alpha = checkpoint.tensor(f"{module}.alpha").item() if f"{module}.alpha" in checkpoint else rank
             pair = LowRank(down=down.flatten(1), up=up.flatten(1), factor=strength * float(alpha) / rank)
-            changes[f"{target}.weight"] = (*changes.get(f"{target}.weight", ()), pair)
-        for ending, parameter in ((".diff", "weight"), (".diff_b", "bias")):
+            changes[target] = (*changes.get(target, ()), pair)
+        for ending, parameter in ((".diff", target), (".diff_b", target.removesuffix(".weight") + ".bias")):
             if f"{module}{ending}" in checkpoint:
                 whole = Difference(value=checkpoint.tensor(f"{module}{ending}"), factor=strength)
-                changes[f"{target}.{parameter}"] = (*changes.get(f"{target}.{parameter}", ()), whole)
+                changes[parameter] = (*changes.get(parameter, ()), whole)
     return Patches(changes=changes, key=f"|{checkpoint.key}x{strength!r}" if changes else "")
 
 
 def module_names(parameters: Iterable[str], dotted: Iterable[str], underscored: Iterable[str]) -> dict[str, str]:
-    """Every name under which a LoRA file may speak of a model's modules -> the module's own name.
+    """Every name under which a LoRA file may speak of a model's parameters -> the parameter.
 
     dotted: prefixes before the name as it is ("diffusion_model."); underscored: before the name with "_" for ".".
+    A parameter that is no `.weight` or `.bias` (a modulation table) goes by its whole name.
     """
-    modules = {name.rpartition(".")[0] for name in parameters}
-    names = {f"{prefix}{module}": module for prefix in dotted for module in modules}
-    names |= {prefix + module.replace(".", "_"): module for prefix in underscored for module in modules}
+    plain = {name.removesuffix(".weight"): name for name in parameters if not name.endswith((".bias", ".scale_weight"))}
+    names = {f"{prefix}{module}": name for prefix in dotted for module, name in plain.items()}
+    names |= {prefix + module.replace(".", "_"): name for prefix in underscored for module, name in plain.items()}
     return names
 
 
