@@ -235,7 +235,7 @@ class WanNetwork(Resident[WanTransformer]):
         super().__init__(source, device)
         self._texts: dict[int, tuple[Tensor, list[tuple[Tensor, Tensor]]]] = {}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, x: Tensor, timestep: Tensor, conditioning: ConditioningEntry) -> Tensor:
         """x: (B, 16, T, H, W) -> velocity, float32, on x's device. timestep: 1000 sigma."""
         network = self.network()
