@@ -73,7 +73,9 @@ class Denoiser(Protocol):
     `key` names its weights (file, patches): equal keys mean equal results. `size_bytes` is what it occupies.
     """
 
-    key: str
+    @property
+    def key(self) -> str: ...
+
     size_bytes: int
     device: str  # where `forward` expects its tensors: "cpu", "cuda:0", …; the sampler moves noise and prompts there
 
@@ -145,7 +147,9 @@ class DiffusionModel:
 class TextEncoder(Protocol):
     """CLIP: a tokenizer and a text network. `key` names its weights and patches."""
 
-    key: str
+    @property
+    def key(self) -> str: ...
+
     size_bytes: int
 
     def encode(self, text: str) -> ConditioningEntry:
@@ -162,7 +166,9 @@ class Autoencoder(Protocol):
     working memory does not grow with length; joined along axis 0 they are VAEDecode's result.
     """
 
-    key: str
+    @property
+    def key(self) -> str: ...
+
     size_bytes: int
 
     def decode(self, samples: Tensor) -> Iterator[Tensor]: ...
@@ -177,7 +183,9 @@ class Autoencoder(Protocol):
 class AudioAutoencoder(Protocol):
     """VAE of a sound model: latents (B, 8, 16, columns) to a waveform and back."""
 
-    key: str
+    @property
+    def key(self) -> str: ...
+
     size_bytes: int
 
     def decode_audio(self, samples: Tensor) -> Audio: ...

@@ -56,17 +56,16 @@ def fill(module: nn.Module, source: Checkpoint, device: str, precision: Precisio
     for path, layer in module.named_modules():
         for name, _ in list(layer.named_parameters(recurse=False)):
             full = f"{path}.{name}" if path else name
-            stored = source.tensor(full)
+            value = _rounded(source.tensor(full), path, name, source, precision)
             if isinstance(layer, Linear) and name == "weight":
                 scale = f"{path}.scale_weight"
                 if scale in source:
                     layer.scale = source.tensor(scale).reshape(()).to(device=device, dtype=torch.float32)
-                keeps = stored.dtype in FP8 if on_cuda else not small
+                keeps = value.dtype in FP8 if on_cuda else not small
                 if keeps and not any(isinstance(change, Difference) for change in patches.of(full)):
                     layer.low_ranks = tuple(_placed(pair, device) for pair in patches.of(full))
-                    _put(layer, name, stored.to(device))
+                    _put(layer, name, value.to(device))
                     continue
-            value = _rounded(stored, path, name, source, precision)
             if on_cuda or small or patches.of(full):
                 value = value.to(device=device, dtype=torch.float32)
                 if isinstance(layer, Linear) and name == "weight" and layer.scale is not None:
@@ -130,6 +129,7 @@ class Resident(Generic[Network]):
 
     def __init__(self, source: Source[Network], device: str = "cpu") -> None:
         self.source, self.device = source, device
+        self.is_pinned = False  # the user asked for this device: nobody moves it
         self.size_bytes = source.checkpoint.size_bytes
         self._network: Network | None = None
 
@@ -150,7 +150,7 @@ class Resident(Generic[Network]):
         return self._network
 
     def move_to(self, device: str) -> None:
-        if device != self.device:
+        if device != self.device and not self.is_pinned:
             self._network, self.device = None, device
 
     def free(self) -> None:

@@ -144,12 +144,11 @@ class Sd15Vae(nn.Module):
 class Sd15Autoencoder(Resident[Sd15Vae]):
     """An SD1.5 VAE as an Autoencoder. Pictures are decoded one by one."""
 
-    @torch.no_grad()
     def decode(self, samples: Tensor) -> Iterator[Tensor]:
         """(B, 4, h, w) -> B images (1, 8 h, 8 w, 3) in [0, 1], float32 on the CPU."""
         network = self.network()
         for latent in samples.split(1):
-            with torch.no_grad():  # a generator's caller may have turned gradients on again
+            with torch.no_grad():  # entered anew: between pictures the caller's own state holds
                 picture = network.decoder(network.post_quant_conv(latent.to(self.device, self.dtype)))
             yield ((picture.float() + 1.0) / 2.0).clamp(0.0, 1.0).permute(0, 2, 3, 1).cpu()
 

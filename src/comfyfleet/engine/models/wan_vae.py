@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comfyfleet.engine.models.allocator import big_blocks_kept
 from comfyfleet.engine.models.checkpoint import Checkpoint
 from comfyfleet.engine.models.film_layers import CausalConv, FrameConv, Memory, RmsNorm, frames_joined, frames_split
 from comfyfleet.engine.models.layers import attention
@@ -175,15 +174,14 @@ class WanAutoencoder(Resident[WanVae]):
     def decode(self, samples: Tensor) -> Iterator[Tensor]:
         """(B, 16, t, h, w) -> IMAGE batches (1 or 4, 8 h, 8 w, 3), film after film, float32 on the CPU."""
         network = self.network()
-        with big_blocks_kept():
-            for film in samples.split(1):
-                parts = network.decode(film.to(self.device, self.dtype))
-                while True:
-                    with torch.no_grad():  # entered anew: between parts the caller's own state holds
-                        part = next(parts, None)
-                    if part is None:
-                        break
-                    yield part[0].permute(1, 2, 3, 0).float().add_(1.0).mul_(0.5).clamp_(0.0, 1.0).cpu().contiguous()
+        for film in samples.split(1):
+            parts = network.decode(film.to(self.device, self.dtype))
+            while True:
+                with torch.no_grad():  # entered anew: between parts the caller's own state holds
+                    part = next(parts, None)
+                if part is None:
+                    break
+                yield part[0].permute(1, 2, 3, 0).float().add_(1.0).mul_(0.5).clamp_(0.0, 1.0).cpu().contiguous()
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
