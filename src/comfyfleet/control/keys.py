@@ -34,8 +34,8 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def secret_file(path: Path, make: bytes) -> tuple[bytes, bool]:
-    """The secret in `path`, or `make` written there with mode 0600; True when it was made now.
+def secret_file(path: Path, make: bytes, *, ending: bytes = b"\n") -> tuple[bytes, bool]:
+    """The secret in `path`, or `make` (and `ending`) written there with mode 0600; True when it was made now.
 
     Two processes that start at once agree on one secret: the file appears whole, by a link, or not at all.
     """
@@ -46,7 +46,7 @@ def secret_file(path: Path, make: bytes) -> tuple[bytes, bool]:
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(make + b"\n")
+            file.write(make + ending)
             file.flush()
             os.fsync(file.fileno())
         try:
@@ -123,7 +123,7 @@ class Keyring:
     def drop(self, key_id: str) -> None:
         self._by_digest = {key.digest: key for key in self._by_digest.values() if key.id != key_id}
 
-    def keys(self) -> list[ApiKey]:
+    def made_keys(self) -> list[ApiKey]:
         return sorted(self._by_digest.values(), key=lambda key: key.created_at)
 
     def _endpoint_principal(self, key: str) -> Principal:

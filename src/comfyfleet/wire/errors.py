@@ -2,6 +2,7 @@
 
 FleetError
 ├── BadRequest 400 · Malformed body, wrong shape
+│   └── InvalidArguments · the shape is right, a value is not
 ├── Unauthorized 401 · no or a wrong key or ticket
 ├── Forbidden 403 · a good key without the right
 ├── NotFound 404
@@ -52,6 +53,12 @@ class BadRequest(FleetError):
     """The body is not JSON, or not of the shape asked for."""
 
     code, status = "bad_request", 400
+
+
+class InvalidArguments(BadRequest):
+    """A management call with a value that cannot be; details name the field."""
+
+    code = "invalid_args"
 
 
 class Unauthorized(FleetError):

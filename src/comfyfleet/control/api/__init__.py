@@ -1,1 +1,1 @@
-"""The control plane's routes: parse, call, render."""
+"""The control plane's routes: parse, call, render. `calling` is what all share; the rest is one file a subject."""

@@ -1,0 +1,38 @@
+"""`comfyfleet control`: run the control plane."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import anyio
+import click
+
+from comfyfleet import logs
+from comfyfleet.control.app import listen, serve
+from comfyfleet.settings.control import DEFAULT_PORT, control_settings
+
+
+@click.command()
+@click.option("--host", help="Address to listen on; loopback unless told otherwise.")
+@click.option("--port", type=int, help=f"Port; {DEFAULT_PORT} unless told otherwise, 0 takes a free one.")
+@click.option("--fd", type=int, help="An inherited listening socket, instead of host and port.")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Keys, database and files.")
+@click.option("--fleet", type=click.Choice(["local", "none"]), help="Who starts workers: this machine, or nobody.")
+@click.option("--database", help="postgresql://… instead of the SQLite file in the data directory.")
+@click.option("--max-workers", type=int, help="At most so many workers on this machine.")
+@click.option("--public-url", help="How workers and callers reach this control plane.")
+@click.option("--tls-cert", type=click.Path(path_type=Path, exists=True), help="PEM certificate chain.")
+@click.option("--tls-key", type=click.Path(path_type=Path, exists=True), help="PEM private key.")
+def command(**given: object) -> None:
+    """Run the control plane: endpoints, routing, durable jobs, scaling."""
+    try:
+        settings = control_settings(os.environ, **given)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    logs.configure(level=settings.log_level)
+    listener = listen(settings)
+    host, port = listener.getsockname()[:2]
+    settings = control_settings(os.environ, **{**given, "host": host, "port": port})
+    with listener:
+        anyio.run(serve, settings, listener, backend_options={"use_uvloop": True})

@@ -1,0 +1,138 @@
+"""What an operator looks at: workers, logs, scaling decisions, health, metrics; and the CA file, which needs no key."""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from comfyfleet.control.api.calling import Caller, add
+from comfyfleet.control.auth import READ
+from comfyfleet.control.certificates import CertificateAuthority
+from comfyfleet.control.logbook import Logbook
+from comfyfleet.control.management import Management
+from comfyfleet.control.metrics import Metrics
+from comfyfleet.control.store.base import Store
+from comfyfleet.control.workers import Workers
+from comfyfleet.version import __version__
+from comfyfleet.web import JsonResponse
+from comfyfleet.wire.errors import InvalidArguments, NotFound
+
+MAX_TAIL = 10_000
+
+
+class WorkersBody(msgspec.Struct, kw_only=True):
+    """POST /get_endpoint_workers/: by id, or by name."""
+
+    id: int | None = None
+    endpoint: str = ""
+
+
+class LogsBody(msgspec.Struct, kw_only=True):
+    """POST /get_endpoint_logs/ and /get_autogroup_logs/: by id, or by the endpoint's name."""
+
+    id: int | None = None
+    endpoint: str = ""
+    tail: int | None = None
+
+
+def router(
+    *,
+    management: Management,
+    workers: Workers,
+    logbook: Logbook,
+    store: Store,
+    authority: CertificateAuthority,
+    metrics: Metrics,
+    caller: Caller,
+) -> APIRouter:
+    """The routes."""
+    routes = APIRouter(tags=["insight"])
+
+    async def get_endpoint_workers(request: Request) -> JsonResponse:
+        principal, body = await caller.call(request, WorkersBody)
+        try:
+            endpoint = management.endpoint_by(principal, body.id, body.endpoint)
+        except NotFound:
+            # The real client takes any other dict for a failure of its own; this one it turns into an empty list.
+            return JsonResponse({"error_msg": "no such endpoint"})
+        return JsonResponse(workers.listing(endpoint.id))
+
+    async def list_workers(request: Request) -> JsonResponse:
+        principal = await caller.principal(request)
+        rows = [row for endpoint in management.endpoints(principal) for row in workers.listing(endpoint.id)]
+        return JsonResponse({"workers": rows})
+
+    def tail_of(body: LogsBody) -> int:
+        tail = 1000 if body.tail is None else body.tail
+        if not 0 <= tail <= MAX_TAIL:
+            raise InvalidArguments(f"tail must be from 0 to {MAX_TAIL}", field="tail")
+        return tail
+
+    async def get_endpoint_logs(request: Request) -> JsonResponse:
+        principal, body = await caller.call(request, LogsBody)
+        endpoint = management.endpoint_by(principal, body.id, body.endpoint)
+        return JsonResponse(await logbook.read(endpoint_id=endpoint.id, workergroup_id=None, tail=tail_of(body)))
+
+    async def get_workergroup_logs(request: Request) -> JsonResponse:
+        principal, body = await caller.call(request, LogsBody)
+        group = management.workergroup(principal, body.id or 0)
+        return JsonResponse(await logbook.read(endpoint_id=None, workergroup_id=group.id, tail=tail_of(body)))
+
+    async def list_decisions(request: Request, endpoint_id: int) -> JsonResponse:
+        principal = await caller.principal(request)
+        principal.demand(READ, endpoint_id)
+        management.endpoint(principal, endpoint_id)
+        query = request.query_params
+        limit, before = query.get("limit", "100"), query.get("before_id", "")
+        if not limit.isdigit() or not 1 <= int(limit) <= 1000 or (before and not before.isdigit()):
+            raise InvalidArguments("limit must be 1 to 1000, before_id a decision's id", field="limit")
+        rows = await store.decisions(endpoint_id, limit=int(limit), before_id=int(before) if before else None)
+        return JsonResponse(
+            {
+                "decisions": [
+                    {
+                        "id": row.id,
+                        "at": row.at,
+                        "sentence": row.sentence,
+                        "inputs": msgspec.Raw(row.inputs.encode()),
+                        "outcome": msgspec.Raw(row.outcome.encode()),
+                    }
+                    for row in rows
+                ]
+            }
+        )
+
+    async def health() -> JsonResponse:
+        return JsonResponse({"status": "ok", "version": __version__, "role": "control"})
+
+    async def show_metrics(request: Request) -> Response:
+        (await caller.principal(request)).demand(READ)
+        return Response(await metrics.render(), media_type="text/plain; version=0.0.4")
+
+    async def root_certificate() -> Response:
+        return PlainTextResponse(authority.pem, media_type="application/x-x509-ca-cert")
+
+    add(routes, ["POST"], ["/get_endpoint_workers/"], get_endpoint_workers, summary="Live workers", body=WorkersBody)
+    add(routes, ["GET"], ["/v1/workers"], list_workers, summary="Every live worker this key may see")
+    add(routes, ["POST"], ["/get_endpoint_logs/"], get_endpoint_logs, summary="An endpoint's log", body=LogsBody)
+    add(
+        routes,
+        ["POST"],
+        ["/get_workergroup_logs/", "/get_autogroup_logs/"],
+        get_workergroup_logs,
+        summary="A workergroup's log",
+        body=LogsBody,
+    )
+    add(
+        routes,
+        ["GET"],
+        ["/v1/endpoints/{endpoint_id}/decisions"],
+        list_decisions,
+        summary="Scaling decisions with their inputs, newest first",
+    )
+    add(routes, ["GET"], ["/health"], health, summary="200 while this process serves; no key")
+    add(routes, ["GET"], ["/metrics"], show_metrics, summary="Prometheus metrics")
+    add(routes, ["GET"], ["/static/jvastai_root.cer"], root_certificate, summary="The root certificate; no key")
+    return routes

@@ -1,0 +1,247 @@
+"""The control plane put together: opened from settings, its routes, its loops, and the server that runs both.
+
+Composition only. `open_control` reads what is stored and builds every part; `build` makes the Starlette app;
+`serve` runs app and loops in one task group until a signal. A loop that fails ends the process loudly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+import anyio.abc
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
+from comfyfleet.clock import Clock, SystemClock
+from comfyfleet.control.account import Account, WorkerEnvironment, built_in_templates
+from comfyfleet.control.api import account, endpoints, insight, templates, workergroups
+from comfyfleet.control.api.calling import ERROR_HANDLERS, Caller
+from comfyfleet.control.catalog import Catalog
+from comfyfleet.control.certificates import CertificateAuthority
+from comfyfleet.control.fleet.local import LocalFleet, LocalSettings
+from comfyfleet.control.keys import ADMIN_PREFIX, Keyring, Vault, secret_file
+from comfyfleet.control.logbook import Logbook
+from comfyfleet.control.management import Management
+from comfyfleet.control.metrics import Metrics
+from comfyfleet.control.plane import RoutingPlane
+from comfyfleet.control.records import AccountVariable, ApiKey, Endpoint, Template, Workergroup
+from comfyfleet.control.store.store import SqlStore, open_postgres, open_sqlite
+from comfyfleet.ids import Ids, SystemIds
+from comfyfleet.settings.control import ControlSettings
+from comfyfleet.signing import UrlSigner
+from comfyfleet.storage.serve import files_app
+from comfyfleet.version import __version__
+
+log = structlog.get_logger()
+
+GRACEFUL_STOP_S = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """Every part, for the routes and the loops."""
+
+    settings: ControlSettings
+    clock: Clock
+    ids: Ids
+    store: SqlStore
+    catalog: Catalog
+    keyring: Keyring
+    account: Account
+    logbook: Logbook
+    management: Management
+    metrics: Metrics
+    authority: CertificateAuthority
+    routing: RoutingPlane
+    files: Starlette
+    admin_key: str
+    admin_key_is_new: bool
+
+
+async def open_control(settings: ControlSettings, *, clock: Clock | None = None, ids: Ids | None = None) -> Control:
+    """Read keys and records (made at first start) and build every part. Nothing runs yet."""
+    clock = clock or SystemClock()
+    ids = ids or SystemIds()
+    folder = settings.data_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    admin_key, is_new = secret_file(folder / "admin.key", ids.token(ADMIN_PREFIX).encode())
+    master, _ = secret_file(folder / "master.key", secrets.token_hex(32).encode())
+    files_key, _ = secret_file(folder / "files.key", secrets.token_hex(16).encode(), ending=b"")
+    store = _open_store(settings)
+    catalog = Catalog(
+        await store.all(Endpoint), await store.all(Workergroup), [*built_in_templates(), *await store.all(Template)]
+    )
+    keyring = Keyring(
+        admin_key=admin_key.decode(), master=master, catalog=catalog, clock=clock, keys=await store.all(ApiKey)
+    )
+    account = Account(store=store, vault=Vault(master), clock=clock, variables=await store.all(AccountVariable))
+    routing = RoutingPlane(
+        data_dir=folder,
+        catalog=catalog,
+        keys=keyring,
+        store=store,
+        provider=_provider(settings, clock),
+        environment=WorkerEnvironment(catalog, account),
+        clock=clock,
+        ids=ids,
+    )
+    await routing.load()
+    logbook = Logbook(store, clock)
+    return Control(
+        settings=settings,
+        clock=clock,
+        ids=ids,
+        store=store,
+        catalog=catalog,
+        keyring=keyring,
+        account=account,
+        logbook=logbook,
+        management=Management(store=store, catalog=catalog, logbook=logbook, clock=clock),
+        metrics=Metrics(catalog=catalog, workers=routing.workers, store=store),
+        authority=CertificateAuthority.open(folder, clock),
+        routing=routing,
+        files=files_app(folder / "output", UrlSigner(files_key, clock)),
+        admin_key=admin_key.decode(),
+        admin_key_is_new=is_new,
+    )
+
+
+def _provider(settings: ControlSettings, clock: Clock) -> LocalFleet | None:
+    if settings.fleet != "local":
+        return None
+    return LocalFleet(
+        LocalSettings(
+            data_dir=settings.data_dir,
+            report_url=settings.base_url,
+            slots=max(1, settings.max_workers),
+            base_environment=settings.inherited,
+            own_environment={
+                "COMFYFLEET_DATA_DIR": str(settings.data_dir),
+                "COMFYFLEET_FILES_URL": settings.base_url,
+                "COMFYFLEET_FILES_KEY_FILE": str(settings.data_dir / "files.key"),
+            },
+        ),
+        clock,
+    )
+
+
+def _open_store(settings: ControlSettings) -> SqlStore:
+    if settings.database.startswith(("postgres://", "postgresql://")):
+        return open_postgres(settings.database)
+    path = settings.database.removeprefix("sqlite:///")
+    return open_sqlite(Path(path) if path else settings.data_dir / "control.sqlite3")
+
+
+def build(control: Control) -> Starlette:
+    """The app: hot routes first, on Starlette; all else on FastAPI, so that `/docs` shows it."""
+    caller = Caller(control.keyring)
+    api = FastAPI(
+        title="comfyfleet control plane",
+        version=__version__,
+        description="Endpoints, workergroups, durable jobs and keys. `/route/` and the workers' reports are served "
+        "beside this and documented in the reference.",
+        exception_handlers=ERROR_HANDLERS,
+    )
+    management, keyring, workers = control.management, control.keyring, control.routing.workers
+    api.include_router(endpoints.router(management, keyring, workers, caller))
+    api.include_router(workergroups.router(management, keyring, workers, caller))
+    api.include_router(templates.router(management, caller))
+    api.include_router(account.router(control.account, keyring, control.store, caller, control.clock, control.ids))
+    api.include_router(
+        insight.router(
+            management=management,
+            workers=workers,
+            logbook=control.logbook,
+            store=control.store,
+            authority=control.authority,
+            metrics=control.metrics,
+            caller=caller,
+        )
+    )
+    return Starlette(
+        routes=[*control.routing.routes(), Mount("/files", app=control.files), Mount("/", app=api)],
+        exception_handlers=ERROR_HANDLERS,
+    )
+
+
+@contextlib.asynccontextmanager
+async def loops(control: Control) -> AsyncIterator[anyio.abc.TaskGroup]:
+    """Every loop, in one task group; on leaving they end and what is unsaved is saved."""
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(control.logbook.run, name="logbook")
+            group.start_soon(control.routing.run, name="routing")
+            yield group
+            group.cancel_scope.cancel()
+    finally:
+        with anyio.CancelScope(shield=True):  # what was said must be saved, whatever ended us
+            await control.routing.close(keep_workers=False)
+            await control.logbook.flush()
+            await control.store.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handling: we end the loops as well, in order."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def listen(settings: ControlSettings) -> socket.socket:
+    """The inherited socket if there is one (its owner keeps it open across our restarts), else a new one."""
+    if settings.fd is not None:
+        return socket.socket(fileno=settings.fd)
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((settings.host, settings.port))
+    listener.listen(2048)
+    return listener
+
+
+async def serve(settings: ControlSettings, listener: socket.socket) -> Control:
+    """Run until SIGTERM or SIGINT; returns when everything is saved."""
+    control = await open_control(settings)
+    if control.admin_key_is_new:
+        log.info("admin_key.made", path=str(settings.data_dir / "admin.key"))
+        if sys.stdout.isatty():  # once, and never into a file or a pipe
+            sys.stdout.write(f"admin key (made now, kept in {settings.data_dir / 'admin.key'}):\n{control.admin_key}\n")
+    server = _Server(
+        uvicorn.Config(
+            build(control),
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,  # its lines would carry ?api_key=
+            server_header=False,
+            timeout_graceful_shutdown=GRACEFUL_STOP_S,
+            timeout_keep_alive=75,
+            ssl_certfile=settings.tls_cert,
+            ssl_keyfile=settings.tls_key,
+        )
+    )
+    async with loops(control) as group:
+        group.start_soon(_stop_on_signal, server, name="signals")
+        log.info("control.serving", url=settings.base_url, version=__version__)
+        await server.serve(sockets=[listener])
+    log.info("control.stopped")
+    return control
+
+
+async def _stop_on_signal(server: uvicorn.Server) -> None:
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            server.should_exit = True

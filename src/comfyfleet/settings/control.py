@@ -1,0 +1,68 @@
+"""The control plane's settings: arguments of `comfyfleet control`, else `COMFYFLEET_*` variables, else defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from comfyfleet.settings.machine import default_data_dir
+
+DEFAULT_PORT = 8080
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlSettings:
+    """public_url: how workers and callers reach it, no trailing slash; prices are per hour, in the operator's money.
+
+    fd: an inherited listening socket, which then stands for host and port. max_workers: of the whole local fleet.
+    inherited: this process's environment, which local workers start from.
+    """
+
+    data_dir: Path
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    fd: int | None = None
+    public_url: str = ""
+    fleet: str = "none"  # local | none
+    database: str = ""
+    max_workers: int = 0
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    price_gpu_hour: float = 0.0
+    price_storage_hour: float = 0.0
+    retention_days: float = 7.0
+    log_level: str = "info"
+    inherited: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def base_url(self) -> str:
+        """Where this control plane is for whoever is told nothing else."""
+        if self.public_url:
+            return self.public_url
+        scheme = "https" if self.tls_cert else "http"
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "") else "[::1]" if self.host == "::" else self.host  # noqa: S104
+        return f"{scheme}://{host}:{self.port}"
+
+
+def control_settings(env: Mapping[str, str], **given: object) -> ControlSettings:
+    """Settings from arguments (None: not given) over the environment. Raises ValueError for a value of no sense."""
+    values = {name: value for name, value in given.items() if value is not None}
+    values.setdefault("data_dir", default_data_dir(env))
+    for name, variable in (("public_url", "COMFYFLEET_PUBLIC_URL"), ("database", "COMFYFLEET_DATABASE")):
+        if text := env.get(variable):
+            values.setdefault(name, text.rstrip("/") if name == "public_url" else text)
+    for name, variable in (
+        ("price_gpu_hour", "COMFYFLEET_PRICE_GPU_HOUR"),
+        ("price_storage_hour", "COMFYFLEET_PRICE_STORAGE_HOUR"),
+        ("retention_days", "COMFYFLEET_RETENTION_DAYS"),
+    ):
+        if text := env.get(variable):
+            values.setdefault(name, float(text))
+    if level := env.get("COMFYFLEET_LOG_LEVEL"):
+        values.setdefault("log_level", level.lower())
+    if "fd" not in values and env.get("LISTEN_FDS", "0") != "0":
+        values["fd"] = 3  # systemd's socket activation: the first passed descriptor
+    values["inherited"] = dict(env)
+    values["data_dir"] = Path(str(values["data_dir"])).resolve()
+    return ControlSettings(**values)  # type: ignore[arg-type]  # names and types are the dataclass's own
