@@ -7,9 +7,10 @@ little before, because what is bound to an engine cannot move to another that fr
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 import anyio
 
@@ -45,6 +46,7 @@ class EngineSlot:
     name: str
     client: EngineClient
     owned: bool
+    folders: Mapping[str, Path]  # the engine's own, by type: output, temp, input
     gpu: str = ""
     state: EngineState = EngineState.STARTING
     reason: str = "starting"
@@ -53,7 +55,7 @@ class EngineSlot:
     device_faults: int = 0
     restarts: int = 0
     restart_wanted: anyio.Event = field(default_factory=anyio.Event)
-    suspect: anyio.Event = field(default_factory=anyio.Event)
+    restart_kind: FaultKind | None = None
 
     def backlog_s(self, now: float) -> float:
         """Seconds of predicted work still in this engine."""
@@ -62,6 +64,12 @@ class EngineSlot:
             elapsed = now - booking.bound_at if index == 0 else 0.0
             left += max(0.0, booking.predicted_s - elapsed)
         return left
+
+    def want_restart(self, kind: FaultKind) -> None:
+        """Ask the supervisor for a new process (or, for a foreign engine, to stay away until a canary passes)."""
+        if self.restart_kind is None:
+            self.restart_kind = kind
+            self.restart_wanted.set()
 
     def lose_prompts(self, kind: FaultKind) -> None:
         """The process is gone, and every prompt in it."""
