@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from comfyfleet.settings.machine import default_data_dir
+from comfyfleet.settings.outreach import FetchSettings, WebhookSettings
+from comfyfleet.settings.storage import StorageSettings
 from comfyfleet.wire.errors import BadRequest
-from comfyfleet.wire.generation import S3Target
-
-DEFAULT_DATA_DIR = "~/.local/share/comfyfleet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,6 @@ class WrapperSettings:
     key: str
     include_comfyui_response: bool
     max_body_bytes: int
-    output_base64_max_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,40 +57,31 @@ class FolderSettings:
     output_dir: Path
     miniatures_dir: Path
     templates_dir: Path | None
-    files_url: str
     files_key_file: Path
 
 
 @dataclass(frozen=True, kw_only=True)
-class WebhookSettings:
-    """The webhook of every job that names none."""
-
-    url: str
-    secret: str
-    timeout_s: float
-    allow_private: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
-    """Everything a worker reads from its environment. `fleet` holds the agent's part, as it was given."""
+    """Everything a wrapper reads from its environment; the agent's part is `settings.agent`."""
 
     engines: EngineSettings
     queue: QueueSettings
     wrapper: WrapperSettings
     folders: FolderSettings
     webhook: WebhookSettings
-    s3: S3Target
+    fetch: FetchSettings
+    storage: StorageSettings
     log_level: str
-    fleet: Mapping[str, str]
-
-
-_FLEET = ("CONTAINER_ID", "REPORT_ADDR", "MASTER_TOKEN", "WORKER_PORT", "PUBLIC_IPADDR", "USE_SSL", "UNSECURED")
 
 
 def from_environment(env: Mapping[str, str]) -> WorkerSettings:
     """Settings of the worker that runs under `env`. Raises BadRequest naming a variable that cannot be read."""
-    data_dir = Path(env.get("COMFYFLEET_DATA_DIR") or DEFAULT_DATA_DIR).expanduser()
+    try:
+        storage, fetch = StorageSettings.from_environment(env), FetchSettings.from_environment(env)
+        webhook = WebhookSettings.from_environment(env)
+    except ValueError as problem:
+        raise BadRequest(str(problem)) from problem
+    data_dir = default_data_dir(env)
     worker_dir = Path(env.get("COMFYFLEET_WORKER_DIR") or data_dir / "workers" / "standalone").expanduser()
     install = env.get("COMFYUI_INSTALL_PATH") or ""
     install_path = Path(install).expanduser() if install and (Path(install) / "main.py").is_file() else None
@@ -116,7 +106,6 @@ def from_environment(env: Mapping[str, str]) -> WorkerSettings:
             key=env.get("COMFYFLEET_WORKER_KEY") or "",
             include_comfyui_response=_flag(env, "INCLUDE_COMFYUI_RESPONSE", True),
             max_body_bytes=_integer(env, "COMFYFLEET_MAX_BODY_BYTES", 64 * 2**20),
-            output_base64_max_bytes=_integer(env, "OUTPUT_BASE64_MAX_BYTES", 10 * 2**20),
         ),
         folders=FolderSettings(
             data_dir=data_dir,
@@ -125,30 +114,12 @@ def from_environment(env: Mapping[str, str]) -> WorkerSettings:
             output_dir=data_dir / "output",
             miniatures_dir=data_dir / "miniatures",
             templates_dir=Path(env["COMFYFLEET_WORKFLOWS_DIR"]) if env.get("COMFYFLEET_WORKFLOWS_DIR") else None,
-            files_url=(env.get("COMFYFLEET_FILES_URL") or "").rstrip("/"),
-            files_key_file=Path(env.get("COMFYFLEET_FILES_KEY_FILE") or data_dir / "files.key"),
+            files_key_file=Path(storage.files_key_file or data_dir / "files.key"),
         ),
-        webhook=WebhookSettings(
-            url=env.get("WEBHOOK_URL") or "",
-            secret=env.get("WEBHOOK_SECRET") or "",
-            timeout_s=_integer(env, "WEBHOOK_TIMEOUT", 30),
-            allow_private=tuple(
-                part.strip() for part in (env.get("COMFYFLEET_FETCH_ALLOW") or "").split(",") if part.strip()
-            ),
-        ),
-        s3=S3Target(
-            access_key_id=env.get("S3_ACCESS_KEY_ID") or "",
-            secret_access_key=env.get("S3_SECRET_ACCESS_KEY") or "",
-            endpoint_url=env.get("S3_ENDPOINT_URL") or "",
-            bucket_name=env.get("S3_BUCKET_NAME") or "",
-            region=env.get("S3_REGION") or "",
-            connect_timeout=_integer(env, "S3_CONNECT_TIMEOUT", 60),
-            connect_attempts=_integer(env, "S3_CONNECT_ATTEMPTS", 3),
-        ),
+        webhook=webhook,
+        fetch=fetch,
+        storage=storage,
         log_level="debug" if _flag(env, "DEBUG", False) else "info",
-        fleet={
-            name: value for name, value in env.items() if value and (name in _FLEET or name.startswith("VAST_TCP_PORT"))
-        },
     )
 
 

@@ -140,6 +140,10 @@ class Job:
         self.stamps[wanted.value] = now
         self.events.add(now, wanted, message or MESSAGES[wanted])
 
+    @property
+    def last_word(self) -> str:
+        return self.events.events[-1].message if self.events.events else ""
+
     def stop(self, reason: FleetError) -> None:
         """Ask the run to end with `reason`; the first reason stays."""
         if self.stopped_by is None and self.finished is None:

@@ -19,12 +19,12 @@ import anyio
 import anyio.to_thread
 import msgspec
 
+from comfyfleet.sealing import CannotOpen, Sealer
 from comfyfleet.wire.generation import GenerateInput
 from comfyfleet.wire.jobs import RunStatus
 from comfyfleet.worker import journal_sql as sql
 from comfyfleet.worker.engines.faults import FaultKind
 from comfyfleet.worker.job import Finished, Job, RunEvent
-from comfyfleet.worker.sealing import Sealer, Unreadable
 
 Returned = TypeVar("Returned")
 _MOST_IN_ONE_COMMIT = 256
@@ -130,7 +130,7 @@ class Journal:
         for row in self.rows(sql.OPEN_JOBS):
             try:
                 request = _request_decoder.decode(self._sealer.open(row["request"]))
-            except (Unreadable, msgspec.MsgspecError):
+            except (CannotOpen, msgspec.MsgspecError):
                 continue
             found.append(_job(row, request))
         return found

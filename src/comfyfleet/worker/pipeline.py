@@ -48,6 +48,9 @@ class Stages:
     fetch_inputs: Callable[[Graph, GenerateInput], Awaitable[Graph]]
     store_outputs: Callable[[dict[str, Any], str, GenerateInput, Mapping[str, Path]], Awaitable[list[OutputEntry]]]
     missing_nodes: Callable[[dict[str, Any], Mapping[str, Path]], set[str]]
+    check: Callable[[GenerateInput], None]
+    resign: Callable[[list[OutputEntry], GenerateInput], Awaitable[None]]
+    notify: Callable[[Job, Finished], Awaitable[None]]
 
 
 class Pipeline:

@@ -1,4 +1,4 @@
-"""The waiting line and what can be said about it: who is next, who waits where, and for how long. Pure but for the line."""
+"""The waiting line and what can be said about it: who is next, who waits where, and for how long."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class QueueView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WaitingLine:
-    """Jobs that no engine has yet, in order of acceptance. Some of the first have begun (inputs, a place at an engine)."""
+    """Jobs that no engine has yet, in order of acceptance; some of the first have begun (their inputs are fetched)."""
 
     def __init__(self) -> None:
         self._jobs: dict[Job, bool] = {}  # job -> has begun

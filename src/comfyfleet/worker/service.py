@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
 
 import anyio
 import anyio.abc
@@ -28,7 +30,7 @@ from comfyfleet.wire.errors import (
     Unavailable,
     Unprocessable,
 )
-from comfyfleet.wire.generation import GenerateInput
+from comfyfleet.wire.generation import GenerateInput, GenerateResult
 from comfyfleet.wire.jobs import RunStatus
 from comfyfleet.wire.shapes import shape_of
 from comfyfleet.wire.workflow import Graph
@@ -47,6 +49,8 @@ _SWEEP_S = 0.25
 _RECENT = 256
 _SAVE_LEARNED_S = 30.0
 _FORGET_EVERY_S = 600.0
+_encode = msgspec.json.Encoder().encode
+_result_decoder = msgspec.json.Decoder(GenerateResult)
 _encode_sorted = msgspec.json.Encoder(order="sorted").encode
 
 
@@ -76,6 +80,7 @@ class JobService:
         durations: Durations,
         clock: Clock,
         ids: Ids,
+        on_finished: Callable[[Job, float], None] = lambda job, seconds: None,
     ) -> None:
         self._pool = pool
         self._stages = stages
@@ -85,6 +90,7 @@ class JobService:
         self._durations = durations
         self._clock = clock
         self._ids = ids
+        self._on_finished = on_finished
         self._line = WaitingLine()
         self._live: dict[tuple[str, str], Job] = {}
         self._recent: OrderedDict[tuple[str, str], Job] = OrderedDict()
@@ -93,7 +99,7 @@ class JobService:
         self._tasks: anyio.abc.TaskGroup | None = None
         self._draining = False
 
-    async def run(self) -> None:
+    async def run(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Resume what the journal holds, then move jobs until cancelled."""
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
@@ -112,17 +118,17 @@ class JobService:
                 self._durations.load(learned)
             tasks.start_soon(self._resume)
             tasks.start_soon(self._sweep)
+            task_status.started()
             await self._keep_house()
 
-    async def submit(
-        self, request: GenerateInput, *, scope: str = "", key: str = "", abandonable: bool = False
-    ) -> Job:
+    async def submit(self, request: GenerateInput, *, scope: str = "", key: str = "", abandonable: bool = False) -> Job:
         """Accept, join or replay. Returns when the job is on disk.
 
         key: names the job within `scope` where the request has no id of its own. abandonable: cancel it when the last
         caller hung up. Raises BadRequest, WorkflowRefused, IdempotencyMismatch, QueueFull, EngineUnavailable.
         """
         check_request(request)
+        self._stages.check(request)
         fingerprint = hashlib.sha256(_encode_sorted(request)).hexdigest()
         key = request.request_id or key
         if key:
@@ -166,21 +172,25 @@ class JobService:
         try:
             await job.done.wait()
         finally:
-            job.callers -= 1
-            job.left_at = self._clock.monotonic()
+            self.hung_up(job)
         if job.finished is None:
             raise ShuttingDown("the worker is stopping; the job runs when it is back", retry_after_s=5)
         return job.finished
+
+    def hung_up(self, job: Job) -> None:
+        """A caller that was counted in `job.callers` waits no more."""
+        job.callers -= 1
+        job.left_at = self._clock.monotonic()
 
     def get(self, job_id: str, *, scope: str = "") -> Job:
         """A live, recent or journaled job of this scope. Raises NotFound."""
         for job in (*self._live.values(), *self._recent.values()):
             if job.id == job_id and job.scope == scope:
                 return job
-        job = self._journal.find_by_id(job_id, scope)
-        if job is None:
+        found = self._journal.find_by_id(job_id, scope)
+        if found is None:
             raise NotFound("there is no such job", request_id=job_id)
-        return job
+        return found
 
     async def cancel(self, job_id: str, *, scope: str = "") -> Job:
         """Stop exactly this job, queued or running; returns at its end. A finished job stays as it is."""
@@ -216,6 +226,42 @@ class JobService:
     def engines(self) -> list[EngineSlot]:
         return self._pool.slots
 
+    def health(self) -> dict[str, Any]:
+        """Ready or not, and every engine's state; the known wrapper's fields first."""
+        ready, view = len(self._pool.ready), self.queue_view()
+        reasons = [f"{slot.name}: {slot.reason or slot.state.value}" for slot in self._pool.slots if slot.reason]
+        return {
+            "status": "healthy" if self.is_ready else "unhealthy",
+            "cache_type": "sqlite",
+            "queues": {"waiting": view.waiting, "generating": view.generating, "storing": view.storing},
+            "backends_healthy": f"{ready}/{len(self._pool.slots)}",
+            "backends": [
+                {
+                    "name": slot.name,
+                    "url": slot.client.base_url,
+                    "state": slot.state.value,
+                    "reason": slot.reason,
+                    "gpu": slot.gpu,
+                    "prompts": len(slot.bookings),
+                    "restarts": slot.restarts,
+                    "socket": slot.client.connected,
+                }
+                for slot in self._pool.slots
+            ],
+            "ready": self.is_ready,
+            "reason": "draining" if self._draining else "; ".join(reasons),
+        }
+
+    async def signed_again(self, job: Job) -> Finished:
+        """A finished job's answer with links that are valid from now on."""
+        if job.finished is None:
+            raise NotFound("the job has no result yet")
+        if job.finished.status is not RunStatus.COMPLETED:
+            return job.finished
+        result = _result_decoder.decode(job.finished.body)
+        await self._stages.resign(result.output, job.request)
+        return replace(job.finished, body=_encode(result))
+
     def live_jobs(self) -> list[Job]:
         return list(self._live.values())
 
@@ -225,9 +271,7 @@ class JobService:
 
     def _find(self, scope: str, key: str) -> Job | None:
         return (
-            self._live.get((scope, key))
-            or self._recent.get((scope, key))
-            or self._journal.find(scope=scope, key=key)
+            self._live.get((scope, key)) or self._recent.get((scope, key)) or self._journal.find(scope=scope, key=key)
         )
 
     def _admit(self) -> None:
@@ -283,6 +327,11 @@ class JobService:
     async def _finish(self, job: Job, finished: Finished) -> None:
         now = self._clock.now()
         with anyio.CancelScope(shield=True):
+            # The webhook is promised first: after a crash in between, promising again changes nothing.
+            try:
+                await self._stages.notify(job, finished)
+            except Exception:  # the stage boundary: a webhook that cannot be promised must not lose the result
+                log.exception("webhook.not_promised", job=job.id)
             await self._journal.finish(job, finished, now)
         job.finished = finished
         self._leave(job)
@@ -291,6 +340,7 @@ class JobService:
             self._recent.popitem(last=False)
         job.events.close()
         job.done.set()
+        self._on_finished(job, now - job.accepted_at)
         log.info(
             "job.finished",
             job=job.id,

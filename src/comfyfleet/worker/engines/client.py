@@ -33,7 +33,7 @@ class EngineGone(Exception):
     """The engine did not answer, or not with anything we know."""
 
 
-class EventData(msgspec.Struct, kw_only=True):
+class EventData(msgspec.Struct, frozen=True, kw_only=True):
     """What we read of an event's data; `output` and the rest stay in the history."""
 
     prompt_id: str | None = None
@@ -42,7 +42,7 @@ class EventData(msgspec.Struct, kw_only=True):
     max: float | None = None
 
 
-class EngineEvent(msgspec.Struct, kw_only=True):
+class EngineEvent(msgspec.Struct, frozen=True, kw_only=True):
     """One JSON frame of the socket."""
 
     type: str
@@ -114,9 +114,7 @@ class EngineClient:
             try:
                 self.client_id = self._new_client_id()
                 url = f"{self.base_url.replace('http', 'ws', 1)}/ws?clientId={self.client_id}"
-                async with self._session.ws_connect(
-                    url, max_msg_size=0, heartbeat=_HEARTBEAT_S, compress=0
-                ) as socket:
+                async with self._session.ws_connect(url, max_msg_size=0, heartbeat=_HEARTBEAT_S, compress=0) as socket:
                     wait_s = _RECONNECT_FIRST_S
                     await self._read(socket)
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
@@ -211,7 +209,7 @@ class EngineClient:
             ) as answer:
                 return answer.status, await answer.read()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise EngineGone(f"{method} {path}: {error or type(error).__name__}") from error
+            raise EngineGone(f"{method} {path}: {str(error) or type(error).__name__}") from error
 
     def _new_client_id(self) -> str:
         return f"comfyfleet_{self._ids.request_id()}"
@@ -254,9 +252,9 @@ def refusal(answer: dict[str, Any]) -> WorkflowRefused:
             )
     message = without_paths(str(error.get("message", "the engine refused the workflow")))
     details = without_paths(str(error.get("details", "")))
-    node_id = details.partition("'#")[2].rstrip("'") or None
+    bad_node = details.partition("'#")[2].rstrip("'") or None
     return WorkflowRefused(
-        f"{message} {details}".strip(), node_id=node_id, type=error.get("type"), node_errors=node_errors or None
+        f"{message} {details}".strip(), node_id=bad_node, type=error.get("type"), node_errors=node_errors or None
     )
 
 

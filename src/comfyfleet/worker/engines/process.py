@@ -63,7 +63,7 @@ class EngineProcess:
             return
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         rest = ""
-        with self.log_path.open("a", encoding="utf-8") as file:  # noqa: ASYNC230 - appends to the page cache
+        with self.log_path.open("a", encoding="utf-8") as file:
             async for text in TextReceiveStream(self.process.stdout, errors="replace"):
                 if file.tell() > _LOG_LIMIT_BYTES:
                     file.seek(0)
@@ -101,7 +101,5 @@ class EngineProcess:
 async def start(command: Sequence[str], *, env: Mapping[str, str], cwd: Path, log_path: Path) -> EngineProcess:
     """Start `command` on the leash, in a process group of its own, its output piped to us."""
     tether = [sys.executable, "-m", "comfyfleet.worker.engines.tether", str(os.getpid()), *command]
-    process = await anyio.open_process(
-        tether, env=dict(env), cwd=cwd, stdin=None, stderr=-2, start_new_session=True
-    )
+    process = await anyio.open_process(tether, env=dict(env), cwd=cwd, stdin=None, stderr=-2, start_new_session=True)
     return EngineProcess(process=process, log_path=log_path)

@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the worker that asked for this engine is gone")
-    os.execvp(command[0], command)
+    os.execvp(command[0], command)  # noqa: S606 - becoming the engine is the purpose
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def check_request(request: GenerateInput) -> None:
     """What needs no graph: the id is a plain name, and there is exactly one kind of work. Raises BadRequest."""
     if request.request_id and not REQUEST_ID.fullmatch(request.request_id):
         raise BadRequest(
-            "request_id must be letters, digits, dots, dashes and underscores, at most 128, the first a letter or digit",
+            "request_id must be up to 128 letters, digits, dots, dashes and underscores, the first a letter or digit",
             field="request_id",
         )
     has_graph = request.workflow_json not in (None, "")
