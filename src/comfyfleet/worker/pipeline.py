@@ -85,7 +85,7 @@ class Pipeline:
         try:
             with job.scope_of_run:
                 job.advance(RunStatus.PROCESSING, self._clock.now())
-                if graph is None:
+                if not graph:
                     raise JobFailed("the workflow is gone")
                 if adopted is None:
                     graph = roll_dice(await self._stages.fetch_inputs(graph, job.request), self._ids)

@@ -22,13 +22,12 @@ from comfyfleet.ids import Ids
 from comfyfleet.settings.worker import QueueSettings
 from comfyfleet.wire.errors import (
     EngineUnavailable,
+    FleetError,
     IdempotencyMismatch,
     JobCancelled,
     NotFound,
     QueueFull,
     ShuttingDown,
-    Unavailable,
-    Unprocessable,
 )
 from comfyfleet.wire.generation import GenerateInput, GenerateResult
 from comfyfleet.wire.jobs import RunStatus
@@ -38,8 +37,11 @@ from comfyfleet.worker.engines.learned import Durations
 from comfyfleet.worker.engines.pool import EnginePool, EngineSlot, EngineState
 from comfyfleet.worker.job import Finished, Job, RunEvent
 from comfyfleet.worker.journal import Journal
+from comfyfleet.worker.limits import reason_to_stop
 from comfyfleet.worker.pipeline import Pipeline, Stages
 from comfyfleet.worker.queue import QueueView, WaitingLine, estimate
+from comfyfleet.worker.readiness import health_report
+from comfyfleet.worker.resume import graph_again, whose
 from comfyfleet.worker.stages.prepare import build_graph, check_request
 from comfyfleet.worker.templates import Templates
 
@@ -52,18 +54,6 @@ _FORGET_EVERY_S = 600.0
 _encode = msgspec.json.Encoder().encode
 _result_decoder = msgspec.json.Decoder(GenerateResult)
 _encode_sorted = msgspec.json.Encoder(order="sorted").encode
-
-
-class QueueWaitExceeded(Unavailable):
-    """The job waited longer than its max_queue_wait_s."""
-
-    code = "queue_wait_exceeded"
-
-
-class DeadlineExceeded(Unprocessable):
-    """The job did not end within its deadline_s and was stopped."""
-
-    code = "deadline_exceeded"
 
 
 class JobService:
@@ -227,30 +217,8 @@ class JobService:
         return self._pool.slots
 
     def health(self) -> dict[str, Any]:
-        """Ready or not, and every engine's state; the known wrapper's fields first."""
-        ready, view = len(self._pool.ready), self.queue_view()
-        reasons = [f"{slot.name}: {slot.reason or slot.state.value}" for slot in self._pool.slots if slot.reason]
-        return {
-            "status": "healthy" if self.is_ready else "unhealthy",
-            "cache_type": "sqlite",
-            "queues": {"waiting": view.waiting, "generating": view.generating, "storing": view.storing},
-            "backends_healthy": f"{ready}/{len(self._pool.slots)}",
-            "backends": [
-                {
-                    "name": slot.name,
-                    "url": slot.client.base_url,
-                    "state": slot.state.value,
-                    "reason": slot.reason,
-                    "gpu": slot.gpu,
-                    "prompts": len(slot.bookings),
-                    "restarts": slot.restarts,
-                    "socket": slot.client.connected,
-                }
-                for slot in self._pool.slots
-            ],
-            "ready": self.is_ready,
-            "reason": "draining" if self._draining else "; ".join(reasons),
-        }
+        """Ready or not, and every engine's state."""
+        return health_report(self._pool.slots, self.queue_view(), is_ready=self.is_ready, is_draining=self._draining)
 
     async def signed_again(self, job: Job) -> Finished:
         """A finished job's answer with links that are valid from now on."""
@@ -269,10 +237,21 @@ class JobService:
         """Accept nothing more; what is accepted goes on."""
         self._draining = True
 
+    def by_key(self, scope: str, key: str) -> Job | None:
+        """A live or recent job by its key."""
+        return self._live.get((scope, key)) or self._recent.get((scope, key))
+
+    def engine_version(self) -> str:
+        """What the first engine says it is; "" before it answered."""
+        return next((slot.version for slot in self._pool.slots if slot.version), "")
+
+    def trouble(self) -> str:
+        """Why no engine will ever take work without somebody's help, or ""."""
+        slots = self._pool.slots
+        return slots[0].reason if slots and all(slot.state is EngineState.QUARANTINED for slot in slots) else ""
+
     def _find(self, scope: str, key: str) -> Job | None:
-        return (
-            self._live.get((scope, key)) or self._recent.get((scope, key)) or self._journal.find(scope=scope, key=key)
-        )
+        return self.by_key(scope, key) or self._journal.find(scope=scope, key=key)
 
     def _admit(self) -> None:
         if self._draining or self._tasks is None:
@@ -352,7 +331,7 @@ class JobService:
             retries=len(job.earlier_faults),
         )
 
-    def _stop(self, job: Job, reason: JobCancelled | QueueWaitExceeded | DeadlineExceeded) -> None:
+    def _stop(self, job: Job, reason: FleetError) -> None:
         """End a job from outside. One that has not begun gets its task only to end."""
         job.stop(reason)
         if self._line.take(job) and self._tasks is not None:
@@ -360,31 +339,21 @@ class JobService:
 
     async def _resume(self) -> None:
         """Jobs that a former process accepted: adopt those that an engine still has, queue the rest in their order."""
-        jobs = self._journal.open_jobs()
-        if not jobs:
+        jobs = []
+        for job in self._journal.open_jobs():
+            graph = graph_again(job, self._templates)
+            job.shape, job.abandonable = shape_of(graph), False
+            self._enter(job, graph)
+            jobs.append(job)
+        if not jobs or self._tasks is None:
             return
         log.info("journal.resumed", jobs=len(jobs))
-        for job in jobs:
-            try:
-                graph = build_graph(job.request, self._templates)
-            except Exception as problem:  # a template that changed meanwhile, say: this job ends, the others go on
-                log.warning("journal.unfit", job=job.id, error=str(problem))
-                graph = {}
-            job.shape = shape_of(graph)
-            job.abandonable = False
-            self._enter(job, graph)
-        if self._tasks is None:
-            return
-        self._tasks.start_soon(self._adopt_or_queue, jobs)
-
-    async def _adopt_or_queue(self, jobs: list[Job]) -> None:
-        from comfyfleet.worker.resume import whose
-
         owner = await whose(self._pool, [job.prompt_id for job in jobs], self._clock)
         for job in jobs:
             slot = owner.get(job.prompt_id)
-            if slot is not None and self._tasks is not None:
-                job.adopted = True
+            if job.is_final or job.stopped_by is not None:
+                self._tasks.start_soon(self._run_job, job, None)
+            elif slot is not None:
                 self._tasks.start_soon(self._run_job, job, slot)
             else:
                 self._line.add(job)
@@ -396,19 +365,11 @@ class JobService:
             await self._clock.sleep(_SWEEP_S)
             now, ticks = self._clock.now(), self._clock.monotonic()
             for job in list(self._live.values()):
-                deadline, queue_deadline = job.deadline_at(), job.queue_deadline_at()
-                if deadline is not None and now >= deadline:
-                    self._stop(job, DeadlineExceeded(f"not done within {job.request.deadline_s:g} s"))
-                elif queue_deadline is not None and now >= queue_deadline:
-                    wait_s = self.queue_view(job).eta_s
-                    self._stop(job, QueueWaitExceeded(retry_after_s=wait_s if wait_s is not None else 5))
-                elif (
-                    job.abandonable
-                    and job.callers == 0
-                    and job.left_at is not None
-                    and ticks - job.left_at >= self._settings.drop_grace_s
-                ):
-                    self._stop(job, JobCancelled("Cancelled: its caller hung up and did not come back."))
+                reason = reason_to_stop(
+                    job, now, ticks, grace_s=self._settings.drop_grace_s, eta_s=lambda one: self.queue_view(one).eta_s
+                )
+                if reason is not None:
+                    self._stop(job, reason)
 
     async def _keep_house(self) -> None:
         waited_s = 0.0

@@ -14,7 +14,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from comfyfleet import __version__
 from comfyfleet.clock import Clock
 from comfyfleet.signing import UrlSigner
 from comfyfleet.storage.serve import files_app
@@ -65,7 +64,7 @@ def build(
     """The whole application."""
     app = FastAPI(
         title="comfyfleet worker",
-        version=__version__,
+        version="1",
         description="Send a ComfyUI workflow, get its files back as links.",
         redoc_url=None,
     )

@@ -62,16 +62,17 @@ class GenerateRoutes:
             await worker_error(FleetError("internal error"))(scope, receive, send)
 
     async def _accept(
-        self, request: GenerateInput, _headers: Headers, scope: Scope, receive: Receive, send: Send
+        self, request: GenerateInput, headers: Headers, scope: Scope, receive: Receive, send: Send
     ) -> None:
         job = await self._service.submit(request)
-        if job.finished is not None:
-            await self._answer(job.finished, _headers)(scope, receive, send)
-            return
-        await JsonResponse(live_view(self._service, job), status_code=202)(scope, receive, send)
+        await self.answer_accepted(job, headers)(scope, receive, send)
 
     async def _sync(self, request: GenerateInput, headers: Headers, scope: Scope, receive: Receive, send: Send) -> None:
         job = await self._service.submit(request, abandonable=True)
+        await self.answer_sync(job, headers, scope, receive, send)
+
+    async def answer_sync(self, job: Job, headers: Headers, scope: Scope, receive: Receive, send: Send) -> None:
+        """Wait for the job and answer; a caller that hangs up stops waiting, the job is the service's business."""
         finished = job.finished
         if finished is None:
             async with anyio.create_task_group() as racers:
@@ -79,7 +80,13 @@ class GenerateRoutes:
                 finished = await self._service.wait(job)
                 racers.cancel_scope.cancel()
         if finished is not None:
-            await self._answer(finished, headers)(scope, receive, send)
+            await result_response(finished, full=self.wants_full(headers))(scope, receive, send)
+
+    def answer_accepted(self, job: Job, headers: Headers) -> Response:
+        """202 and how far the job is, or its result."""
+        if job.finished is not None:
+            return result_response(job.finished, full=self.wants_full(headers))
+        return JsonResponse(live_view(self._service, job), status_code=202)
 
     async def _stream(
         self, request: GenerateInput, headers: Headers, scope: Scope, receive: Receive, send: Send
@@ -129,10 +136,8 @@ class GenerateRoutes:
             }
         return frame
 
-    def _answer(self, finished: Finished, headers: Headers) -> Response:
-        return result_response(finished, full=self.wants_full(headers))
-
     def wants_full(self, headers: Headers) -> bool:
+        """With ComfyUI's own words or without."""
         asked = headers.get("x-include-comfyui-response")
         return self._include_response if asked is None else asked.lower() not in _FALSE
 

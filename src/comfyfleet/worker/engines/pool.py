@@ -52,6 +52,7 @@ class EngineSlot:
     reason: str = "starting"
     bookings: dict[str, Booking] = field(default_factory=dict)
     watches: dict[str, PromptWatch] = field(default_factory=dict)
+    version: str = ""  # ComfyUI's, as the engine says
     device_faults: int = 0
     restarts: int = 0
     restart_wanted: anyio.Event = field(default_factory=anyio.Event)

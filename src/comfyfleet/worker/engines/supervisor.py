@@ -112,6 +112,7 @@ class Supervisor:
         if waiting.cancelled_caught:
             raise _Ended(FaultKind.ENGINE_LOST, f"no answer within {START_TIMEOUT_S:g} s")
         child.threads_at_ready = child.threads()
+        await self._meet(slot)
         self._set(slot, EngineState.READY, "")
 
     async def _watch_vitals(self, slot: EngineSlot, child: EngineProcess) -> None:
@@ -154,6 +155,7 @@ class Supervisor:
                 await self._clock.sleep(_PROBE_S)
                 continue
             slot.restart_wanted, slot.restart_kind = anyio.Event(), None
+            await self._meet(slot)
             self._set(slot, EngineState.READY, "")
             self._set(slot, EngineState.UNREACHABLE, await self._until_unwell(slot))
 
@@ -168,6 +170,14 @@ class Supervisor:
                     await slot.client.queue()
             except (EngineGone, TimeoutError) as gone:
                 return str(gone) or "no answer"
+
+    async def _meet(self, slot: EngineSlot) -> None:
+        """Ask the engine what it is."""
+        try:
+            system = (await slot.client.system_stats()).get("system", {})
+            slot.version = str(system.get("comfyui_version") or "unknown")
+        except EngineGone:
+            slot.version = slot.version or "unknown"
 
     def _set(self, slot: EngineSlot, state: EngineState, reason: str) -> None:
         if (slot.state, slot.reason) == (state, reason):
