@@ -12,6 +12,7 @@ from torch import Tensor
 
 from comfyfleet.engine.registry import NodeRegistry, NodeRun, choice, integer, link, real
 from comfyfleet.engine.sampling.noise import initial_noise
+from comfyfleet.engine.sampling.preview import has_preview, preview
 from comfyfleet.engine.sampling.sample import sample
 from comfyfleet.engine.sampling.samplers import SAMPLERS
 from comfyfleet.engine.sampling.schedules import SCHEDULERS, FlowSigmas, cut, schedule
@@ -38,6 +39,7 @@ MAX_SEED = 2**64 - 1
     },
     outputs=["LATENT"],
     category="sampling",
+    description="Denoises a latent: away from the negative prompt, towards the positive one.",
 )
 def ksampler(
     run: NodeRun,
@@ -176,8 +178,10 @@ def _sampled(
 ) -> tuple[Latent]:
     """Run the sampler, telling each step to the node's run, which stops it there when it was interrupted."""
 
-    def on_step(step: int, steps: int, _x0: Tensor, _x: Tensor) -> None:
-        run.progress(step + 1, steps)
+    is_visible = has_preview(model)
+
+    def on_step(step: int, steps: int, x0: Tensor, _x: Tensor) -> None:
+        run.progress(step + 1, steps, (lambda: preview(model, x0)) if is_visible else None)
 
     samples = sample(
         model,

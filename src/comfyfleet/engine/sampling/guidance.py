@@ -67,7 +67,9 @@ class Guide:
 
     def _forward(self, x: Tensor, sigma: Tensor, entry: ConditioningEntry) -> Tensor:
         """One network call. flow: x0 = x - sigma v. epsilon: input x / sqrt(sigma^2 + 1), x0 = x - sigma eps."""
-        timestep = self._model.sigmas.timestep(sigma).to(device=x.device, dtype=torch.float32).expand(x.shape[0])
+        # Filled in place on the device: copying a tensor there would make the host wait for all work queued before it.
+        level = float(self._model.sigmas.timestep(sigma))
+        timestep = torch.full((x.shape[0],), level, dtype=torch.float32, device=x.device)
         network_input = x if self._is_flow else x / (sigma**2 + 1.0) ** 0.5
         prediction = self._model.network.forward(network_input, timestep, entry)
         return x - prediction * sigma

@@ -1,1 +1,0 @@
-"""The wrapper's HTTP: parse, call `JobService`, render. `app` builds it; `generate` is the hot path."""
