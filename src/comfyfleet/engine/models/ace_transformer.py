@@ -69,6 +69,22 @@ class PreparedContext:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
+    def expand(self, batch: int) -> PreparedContext:
+        """For `batch` latents: one row serves all; several rows are repeated in turn."""
+        rows = self.keys[0].shape[0]
+        if rows == batch:
+            return self
+        if rows == 1:
+            sizes = (batch, -1, -1, -1)
+            return PreparedContext(
+                keys=tuple(each.expand(*sizes) for each in self.keys),
+                values=tuple(each.expand(*sizes) for each in self.values),
+            )
+        order = torch.arange(batch, device=self.keys[0].device) % rows
+        return PreparedContext(
+            keys=tuple(each[order] for each in self.keys), values=tuple(each[order] for each in self.values)
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rotary:

@@ -6,6 +6,8 @@ miniature checkpoint brings a small one of its own. Ids 261 and 2 open the lyric
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from tokenizers import Tokenizer
 
 from comfyfleet.engine.models.ace_lyrics.cleaning import clean
 from comfyfleet.engine.models.ace_lyrics.romaji import romanise
+from comfyfleet.wire.errors import ModelFileUnusable
 
 START_ID = 261
 LINE_END_ID = 2
@@ -24,6 +27,19 @@ VOCABULARY_SHA256 = "c2a66ea48c478c0bb9acb5497144b926acdeaa37128faa799508d40f2b9
 LANGUAGES = frozenset("en de fr es it pt pl tr ru cs nl ar zh ja hu ko hi".split())
 TAGS = {"zh": "zh-cn"}  # the tag of a language where it is not its name
 SECTION = re.compile(r"\[.*?\]")
+
+
+class LyricVocabularyMissing(ModelFileUnusable):
+    """A published ACE-Step checkpoint was given lyrics, and its authors' vocabulary file is not there."""
+
+    @staticmethod
+    def here() -> LyricVocabularyMissing:
+        return LyricVocabularyMissing(
+            f"ACE-Step lyrics need the model's vocabulary at <models-dir>/{VOCABULARY_FILE}: it is "
+            "acestep/models/lyrics_utils/vocab.json of the repository ace-step/ACE-Step on GitHub (Apache-2.0)",
+            file=VOCABULARY_FILE,
+            sha256=VOCABULARY_SHA256,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +54,8 @@ class LyricTokenizer:
 
     @staticmethod
     def from_file(path: Path) -> LyricTokenizer:
-        return LyricTokenizer.from_json(path.read_text(encoding="utf-8"))
+        """The authors' file, checked against its SHA-256. Raises ModelFileUnusable for any other."""
+        return _provisioned(str(path), path.stat().st_mtime_ns)
 
     def encode(self, segments: Iterable[str]) -> list[int]:
         """Ids of lyrics cut into segments (a weight in brackets begins a new one); an empty segment has none."""
@@ -60,6 +77,20 @@ class LyricTokenizer:
         if not line:
             return []
         return list(self.vocabulary.encode(tagged(line)).ids)
+
+
+@functools.lru_cache(maxsize=2)
+def _provisioned(path: str, changed_ns: int) -> LyricTokenizer:
+    content = Path(path).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != VOCABULARY_SHA256:
+        raise ModelFileUnusable(
+            f"{VOCABULARY_FILE} is not the vocabulary that ACE-Step was trained with",
+            file=VOCABULARY_FILE,
+            sha256=digest,
+            needed=VOCABULARY_SHA256,
+        )
+    return LyricTokenizer.from_json(content.decode())
 
 
 def tagged(line: str) -> str:

@@ -1,0 +1,213 @@
+"""The miniature ACE-Step checkpoint: the published file's layout with thin networks of random weights.
+
+It exercises every code path of the real model and makes noise, not music: three minutes in under half a minute on two
+cores. Tags and lyrics work through a sentencepiece model and a lyric vocabulary of its own, inside the file. The last
+layers are scaled so that the sound is neither silent nor clipped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import string
+
+import torch
+from torch import Tensor
+
+from comfyfleet.engine.miniatures.pieces import ROWS as TEXT_ROWS
+from comfyfleet.engine.miniatures.pieces import sentencepiece_model
+from comfyfleet.engine.models.ace import OWN_VOCABULARY
+from comfyfleet.engine.models.ace_lyrics.tokenizer import LANGUAGES, LINE_END_ID, START_ID, TAGS
+
+CHECKPOINT = "ace_step_v1_3.5b.safetensors"
+
+WIDTH, HIDDEN, PATCH_WIDTH, TEXT_WIDTH, SPEAKER_WIDTH = 128, 256, 64, 32, 512
+LYRIC_WIDTH, LYRIC_HEADS, LYRIC_HIDDEN = 16, 2, 32
+TEXT_INNER, TEXT_HEADS, TEXT_HIDDEN = 32, 2, 64
+LEVELS = (8, 8, 16, 32)  # of the autoencoder, finest first
+LATENTS, CHANNELS, MELS = 8, 2, 128
+BACKBONE, SOUND, RATES, SOUND_KERNEL = 16, 16, (8, 8, 8), 3
+
+Tensors = dict[str, Tensor]
+
+
+class Weights:
+    """Collects named random tensors; `under` is the same collection behind a longer prefix."""
+
+    def __init__(self, generator: torch.Generator, tensors: Tensors, prefix: str = "") -> None:
+        self._generator, self.tensors, self._prefix = generator, tensors, prefix
+
+    def under(self, prefix: str) -> Weights:
+        return Weights(self._generator, self.tensors, self._prefix + prefix)
+
+    def kernel(self, name: str, *shape: int, gain: float = 1.0, bias: bool = True) -> None:
+        """A weight (outputs, inputs, …) that keeps the deviation of its input, times `gain`; a bias of zeros."""
+        scale = gain / math.sqrt(math.prod(shape[1:]))
+        self.tensors[f"{self._prefix}{name}.weight"] = torch.randn(shape, generator=self._generator) * scale
+        if bias:
+            self.tensors[f"{self._prefix}{name}.bias"] = torch.zeros(shape[0])
+
+    def norm(self, name: str, width: int, *, bias: bool = True) -> None:
+        self.tensors[f"{self._prefix}{name}.weight"] = torch.ones(width)
+        if bias:
+            self.tensors[f"{self._prefix}{name}.bias"] = torch.zeros(width)
+
+    def random(self, name: str, *shape: int, scale: float = 1.0) -> None:
+        self.tensors[self._prefix + name] = torch.randn(shape, generator=self._generator) * scale
+
+    def full(self, name: str, value: float, *shape: int) -> None:
+        self.tensors[self._prefix + name] = torch.full(shape, value)
+
+    def normed_kernel(self, name: str, *shape: int, gain: float, biases: int | None = None) -> None:
+        """Weight normalisation's pair: a direction and, per row, the magnitude that keeps deviations, times `gain`."""
+        self.random(f"{name}.parametrizations.weight.original1", *shape)
+        self.full(f"{name}.parametrizations.weight.original0", gain, shape[0], 1, 1)
+        self.full(f"{name}.bias", 0.0, shape[0] if biases is None else biases)
+
+
+def tensors(seed: int) -> tuple[Tensors, dict[str, str]]:
+    """The file's tensors (float32) and metadata, the same for the same seed."""
+    made: Tensors = {}
+    weights = Weights(torch.Generator().manual_seed(seed), made)
+    vocabulary = lyric_vocabulary()
+    _transformer(weights.under("model.diffusion_model."), rows=1 + max(vocabulary["model"]["vocab"].values()))
+    _text_encoder(weights.under("text_encoders.umt5base.transformer."))
+    _autoencoder(weights.under("vae.dcae."))
+    _vocoder(weights.under("vae.vocoder."))
+    made["text_encoders.spiece_model"] = sentencepiece_model()
+    made[OWN_VOCABULARY] = torch.frombuffer(bytearray(json.dumps(vocabulary).encode()), dtype=torch.uint8)
+    return made, {"miniature": "true"}
+
+
+def lyric_vocabulary() -> dict[str, dict[str, dict[str, int]]]:
+    """A vocabulary of single letters, in the `tokenizers` format, with the published one's fixed ids."""
+    letters = string.ascii_lowercase + string.digits + "!'(),-./:?[]" + "àáâãäåçèéêëìíîïñòóôõöøùúûüýœßæ"
+    ids = {"[STOP]": 0, "[UNK]": 1, "[SPACE]": LINE_END_ID, "[START]": START_ID}
+    ids |= {letter: 3 + place for place, letter in enumerate(letters)}
+    tags = [f"[{TAGS.get(language, language)}]" for language in sorted(LANGUAGES)]
+    ids |= {tag: START_ID + 1 + place for place, tag in enumerate(tags)}
+    special = ["[STOP]", "[UNK]", "[SPACE]", "[START]", *tags]
+    flags = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": ids[token], "content": token, **flags} for token in special],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "BPE", "unk_token": "[UNK]", "vocab": ids, "merges": []},
+    }
+
+
+def _transformer(weights: Weights, *, rows: int) -> None:
+    weights.kernel("proj_in.early_conv_layers.0", PATCH_WIDTH, LATENTS, 16, 1)
+    weights.norm("proj_in.early_conv_layers.1", PATCH_WIDTH)
+    weights.kernel("proj_in.early_conv_layers.2", WIDTH, PATCH_WIDTH, 1, 1)
+    weights.kernel("timestep_embedder.linear_1", WIDTH, 256)
+    weights.kernel("timestep_embedder.linear_2", WIDTH, WIDTH)
+    weights.kernel("t_block.1", 6 * WIDTH, WIDTH, gain=0.3)
+    weights.kernel("speaker_embedder", WIDTH, SPEAKER_WIDTH)
+    weights.kernel("genre_embedder", WIDTH, TEXT_WIDTH)
+    weights.random("lyric_embs.weight", rows, LYRIC_WIDTH)
+    weights.kernel("lyric_proj", WIDTH, LYRIC_WIDTH)
+    _lyric_encoder(weights.under("lyric_encoder."))
+    block = weights.under("transformer_blocks.0.")
+    block.random("scale_shift_table", 6, WIDTH, scale=0.3)
+    for attention in ("attn", "cross_attn"):
+        for part in ("to_q", "to_k", "to_v", "to_out.0"):
+            block.kernel(f"{attention}.{part}", WIDTH, WIDTH)
+    block.kernel("ff.inverted_conv.conv", 2 * HIDDEN, WIDTH, 1)
+    block.kernel("ff.depth_conv.conv", 2 * HIDDEN, 1, 3)
+    block.kernel("ff.point_conv.conv", WIDTH, HIDDEN, 1, bias=False)
+    weights.random("final_layer.scale_shift_table", 2, WIDTH, scale=0.3)
+    weights.kernel("final_layer.linear", 16 * LATENTS, WIDTH)
+
+
+def _lyric_encoder(weights: Weights) -> None:
+    weights.kernel("embed.out.0", LYRIC_WIDTH, LYRIC_WIDTH)
+    weights.norm("embed.out.1", LYRIC_WIDTH)
+    weights.norm("after_norm", LYRIC_WIDTH)
+    layer = weights.under("encoders.0.")
+    for part in ("q", "k", "v", "out"):
+        layer.kernel(f"self_attn.linear_{part}", LYRIC_WIDTH, LYRIC_WIDTH)
+    layer.kernel("self_attn.linear_pos", LYRIC_WIDTH, LYRIC_WIDTH, bias=False)
+    layer.random("self_attn.pos_bias_u", LYRIC_HEADS, LYRIC_WIDTH // LYRIC_HEADS)
+    layer.random("self_attn.pos_bias_v", LYRIC_HEADS, LYRIC_WIDTH // LYRIC_HEADS)
+    layer.kernel("feed_forward.w_1", LYRIC_HIDDEN, LYRIC_WIDTH)
+    layer.kernel("feed_forward.w_2", LYRIC_WIDTH, LYRIC_HIDDEN)
+    layer.norm("norm_mha", LYRIC_WIDTH)
+    layer.norm("norm_ff", LYRIC_WIDTH)
+
+
+def _text_encoder(weights: Weights) -> None:
+    weights.random("shared.weight", TEXT_ROWS, TEXT_WIDTH)
+    weights.norm("encoder.final_layer_norm", TEXT_WIDTH, bias=False)
+    attention = weights.under("encoder.block.0.layer.0.")
+    for part in ("q", "k", "v"):
+        attention.kernel(f"SelfAttention.{part}", TEXT_INNER, TEXT_WIDTH, gain=0.5, bias=False)
+    attention.kernel("SelfAttention.o", TEXT_WIDTH, TEXT_INNER, bias=False)
+    attention.random("SelfAttention.relative_attention_bias.weight", 32, TEXT_HEADS)
+    attention.norm("layer_norm", TEXT_WIDTH, bias=False)
+    forward = weights.under("encoder.block.0.layer.1.")
+    forward.kernel("DenseReluDense.wi_0", TEXT_HIDDEN, TEXT_WIDTH, bias=False)
+    forward.kernel("DenseReluDense.wi_1", TEXT_HIDDEN, TEXT_WIDTH, bias=False)
+    forward.kernel("DenseReluDense.wo", TEXT_WIDTH, TEXT_HIDDEN, bias=False)
+    forward.norm("layer_norm", TEXT_WIDTH, bias=False)
+
+
+def _autoencoder(weights: Weights) -> None:
+    finest, coarsest = LEVELS[0], LEVELS[-1]
+    last = len(LEVELS) - 1
+    decoder, encoder = weights.under("decoder."), weights.under("encoder.")
+    decoder.kernel("conv_in", coarsest, LATENTS, 3, 3, gain=0.3)
+    decoder.norm("norm_out", finest)
+    decoder.kernel("conv_out", CHANNELS, finest, 3, 3, gain=0.4)
+    encoder.kernel("conv_in", finest, CHANNELS, 3, 3)
+    encoder.kernel("conv_out", LATENTS, coarsest, 3, 3)
+    _attention_block(decoder.under(f"up_blocks.{last}.0."), coarsest)
+    _attention_block(encoder.under(f"down_blocks.{last}.0."), coarsest)
+    for level in range(last):
+        fine, coarse = LEVELS[level], LEVELS[level + 1]
+        decoder.kernel(f"up_blocks.{level}.0.conv", fine, coarse, 3, 3, gain=0.3)
+        _residual_block(decoder.under(f"up_blocks.{level}.1."), fine)
+        _residual_block(encoder.under(f"down_blocks.{level}.0."), fine)
+        encoder.kernel(f"down_blocks.{level}.1.conv", coarse, fine, 3, 3, gain=0.3)
+
+
+def _residual_block(weights: Weights, width: int) -> None:
+    weights.kernel("conv1", width, width, 3, 3)
+    weights.kernel("conv2", width, width, 3, 3, bias=False)
+    weights.norm("norm", width)
+
+
+def _attention_block(weights: Weights, width: int) -> None:
+    for part in ("to_q", "to_k", "to_v"):
+        weights.kernel(f"attn.{part}", width, width, bias=False)
+    weights.kernel("attn.to_qkv_multiscale.0.proj_in", 3 * width, 1, 5, 5, bias=False)
+    weights.kernel("attn.to_qkv_multiscale.0.proj_out", 3 * width, 32, 1, 1, bias=False)
+    weights.kernel("attn.to_out", width, 2 * width, bias=False)
+    weights.norm("attn.norm_out", width)
+    weights.kernel("conv_out.conv_inverted", 8 * width, width, 1, 1)
+    weights.kernel("conv_out.conv_depth", 8 * width, 1, 3, 3)
+    weights.kernel("conv_out.conv_point", width, 4 * width, 1, 1, bias=False)
+    weights.norm("conv_out.norm", width)
+
+
+def _vocoder(weights: Weights) -> None:
+    backbone, head = weights.under("backbone."), weights.under("head.")
+    backbone.kernel("channel_layers.0.0", BACKBONE, MELS, 7, gain=0.2)
+    backbone.norm("channel_layers.0.1", BACKBONE)
+    block = backbone.under("stages.0.0.")
+    block.kernel("dwconv", BACKBONE, 1, 7)
+    block.norm("norm", BACKBONE)
+    block.kernel("pwconv1", 4 * BACKBONE, BACKBONE)
+    block.kernel("pwconv2", BACKBONE, 4 * BACKBONE)
+    block.full("gamma", 0.5, BACKBONE)
+    backbone.norm("norm", BACKBONE)
+    head.normed_kernel("conv_pre", SOUND, BACKBONE, 13, gain=1.0)
+    width = SOUND
+    for step, rate in enumerate(RATES):
+        # Rows of a transposed convolution are its inputs: each output sums two taps of every one of them.
+        head.normed_kernel(f"ups.{step}", width, width // 2, 2 * rate, gain=math.sqrt(rate), biases=width // 2)
+        width //= 2
+        for number in range(3):
+            head.normed_kernel(f"resblocks.{step}.convs1.{number}", width, width, SOUND_KERNEL, gain=1.0)
+            head.normed_kernel(f"resblocks.{step}.convs2.{number}", width, width, SOUND_KERNEL, gain=1.0)
+    head.normed_kernel("conv_post", 1, width, 13, gain=0.4)
