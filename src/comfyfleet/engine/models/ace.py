@@ -212,7 +212,9 @@ class AceAutoencoder(Resident[AceSound]):
             waveforms.append(torch.cat([piece.float().cpu() for piece in pieces], dim=-1))
         waveform = torch.stack(waveforms)
         deviation = waveform.std(dim=(1, 2), keepdim=True)
-        return Audio(waveform=waveform / (LOUDNESS_DEVIATIONS * deviation).clamp_min(1.0), sample_rate_hz=SAMPLE_RATE_HZ)
+        return Audio(
+            waveform=waveform / (LOUDNESS_DEVIATIONS * deviation).clamp_min(1.0), sample_rate_hz=SAMPLE_RATE_HZ
+        )
 
     @torch.no_grad()
     def encode_audio(self, audio: Audio) -> Tensor:

@@ -194,7 +194,8 @@ class Decoder(nn.Module):
         self.conv_out = Conv(finest, outputs, (3, 3), pad=1)
         self.factor = 2 ** (len(self.up_blocks) - 1)
 
-    def pieces(self, latents: Tensor) -> Iterator[Tensor]:
+    def pieces(self, latents: Tensor, window: int = DECODE_WINDOW_COLUMNS) -> Iterator[Tensor]:
+        """The spectrogram, `window` latent columns at a time."""
         x = self.conv_in(latents) + latents.repeat_interleave(self.repeats, dim=1)
         levels = list(reversed(self.up_blocks))
         whole = [level for level in levels if any(isinstance(block, AttentionBlock) for block in level)]
@@ -210,10 +211,10 @@ class Decoder(nn.Module):
                     piece = block(piece)
             return self.conv_out(F.relu(self.norm_out(piece)))
 
-        yield from in_windows(refine, x, window=DECODE_WINDOW_COLUMNS, reach=reach_of(fine), factor=factor)
+        yield from in_windows(refine, x, window=window, reach=reach_of(fine), factor=factor)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        return torch.cat(list(self.pieces(latents)), dim=-1)
+    def forward(self, latents: Tensor, window: int = DECODE_WINDOW_COLUMNS) -> Tensor:
+        return torch.cat(list(self.pieces(latents, window)), dim=-1)
 
 
 def reach_of(levels: list[nn.ModuleList]) -> int:

@@ -221,7 +221,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, rotary: Rotary, keys: Tensor, values: Tensor) -> Tensor:
         """x: (B, tokens, width); time: (B, 6, width), the shared projection of the timestep."""
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = (self.scale_shift_table[None].to(x.dtype) + time).chunk(6, dim=1)
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = (self.scale_shift_table[None].to(x.dtype) + time).chunk(
+            6, dim=1
+        )
         x = x + gate * self.attn(torch.addcmul(shift, rms(x), 1 + scale), rotary)
         x = x + self.cross_attn(x, rotary, keys, values)
         return x + gate_ff * self.ff(torch.addcmul(shift_ff, rms(x), 1 + scale_ff))

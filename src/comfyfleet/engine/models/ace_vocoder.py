@@ -22,7 +22,7 @@ from comfyfleet.engine.models.windows import in_windows
 DILATIONS = (1, 3, 5)
 NORM_EPS = 1e-6
 BACKBONE_WINDOW_FRAMES = 4096
-HEAD_WINDOW_SAMPLES = 2**20  # times the channels of the last step: what one window works on
+HEAD_WINDOW_FRAMES = 512
 
 
 def over_channels(norm: LayerNorm, x: Tensor) -> Tensor:
@@ -186,20 +186,24 @@ class Head(nn.Module):
 
 
 class AceVocoder(nn.Module):
-    """(n, mels, frames) log-mel -> (n, frames * 512) in [-1, 1], frames in windows."""
+    """(n, mels, frames) log-mel -> (n, frames * 512) in [-1, 1], windows of frames at a time."""
 
     def __init__(self, section: Checkpoint) -> None:
         super().__init__()
         self.backbone = Backbone(section.section("backbone."))
         self.head = Head(section.section("head."))
 
-    def windows(self, mel: Tensor) -> Iterator[Tensor]:
+    def windows(
+        self, mel: Tensor, backbone_window: int = BACKBONE_WINDOW_FRAMES, head_window: int = HEAD_WINDOW_FRAMES
+    ) -> Iterator[Tensor]:
         """The waveform in pieces along time, (n, samples) each."""
-        refine = in_windows(self.backbone, mel, window=BACKBONE_WINDOW_FRAMES, reach=self.backbone.reach, factor=1)
-        features = torch.cat(list(refine), dim=-1)
-        window = max(1, HEAD_WINDOW_SAMPLES // self.head.factor)
-        pieces = in_windows(self.head, features, window=window, reach=self.head.reach, factor=self.head.factor)
-        return (piece[:, 0] for piece in pieces)
+        refined = in_windows(self.backbone, mel, window=backbone_window, reach=self.backbone.reach, factor=1)
+        features = torch.cat(list(refined), dim=-1)
+        reach, factor = self.head.reach, self.head.factor
+        for piece in in_windows(self.head, features, window=head_window, reach=reach, factor=factor):
+            yield piece[:, 0]
 
-    def forward(self, mel: Tensor) -> Tensor:
-        return torch.cat(list(self.windows(mel)), dim=-1)
+    def forward(
+        self, mel: Tensor, backbone_window: int = BACKBONE_WINDOW_FRAMES, head_window: int = HEAD_WINDOW_FRAMES
+    ) -> Tensor:
+        return torch.cat(list(self.windows(mel, backbone_window, head_window)), dim=-1)

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 
-def in_windows(stack: Callable[[Tensor], Tensor], x: Tensor, *, window: int, reach: int, factor: int) -> Iterator[Tensor]:
+def in_windows(
+    stack: Callable[[Tensor], Tensor], x: Tensor, *, window: int, reach: int, factor: int
+) -> Iterator[Tensor]:
     """Yield `stack(x)` along the last axis, in order, `window` inputs at a time.
 
     reach: inputs on each side that can influence an output. factor: outputs per input (a whole number).

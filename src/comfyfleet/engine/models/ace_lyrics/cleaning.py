@@ -33,9 +33,7 @@ ABBREVIATIONS = {
 SYMBOLS = str.maketrans(
     {
         sign: f" {word} "
-        for sign, word in zip(
-            "&@%#$£°", ("and", "at", "percent", "hash", "dollar", "pound", "degree"), strict=True
-        )
+        for sign, word in zip("&@%#$£°", ("and", "at", "percent", "hash", "dollar", "pound", "degree"), strict=True)
     }
 )
 TURKISH_CAPITALS = str.maketrans("İÖÜ", "iöü")
