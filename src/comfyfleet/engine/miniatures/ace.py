@@ -69,31 +69,36 @@ def tensors(seed: int) -> tuple[Tensors, dict[str, str]]:
     """The file's tensors (float32) and metadata, the same for the same seed."""
     made: Tensors = {}
     weights = Weights(torch.Generator().manual_seed(seed), made)
-    vocabulary = lyric_vocabulary()
-    _transformer(weights.under("model.diffusion_model."), rows=1 + max(vocabulary["model"]["vocab"].values()))
+    _transformer(weights.under("model.diffusion_model."), rows=1 + max(lyric_ids().values()))
     _text_encoder(weights.under("text_encoders.umt5base.transformer."))
     _autoencoder(weights.under("vae.dcae."))
     _vocoder(weights.under("vae.vocoder."))
     made["text_encoders.spiece_model"] = sentencepiece_model()
-    made[OWN_VOCABULARY] = torch.frombuffer(bytearray(json.dumps(vocabulary).encode()), dtype=torch.uint8)
+    made[OWN_VOCABULARY] = torch.frombuffer(bytearray(lyric_vocabulary().encode()), dtype=torch.uint8)
     return made, {"miniature": "true"}
 
 
-def lyric_vocabulary() -> dict[str, dict[str, dict[str, int]]]:
-    """A vocabulary of single letters, in the `tokenizers` format, with the published one's fixed ids."""
+def lyric_ids() -> dict[str, int]:
+    """Pieces of the lyric vocabulary, single letters and language tags; opening and line end as everywhere."""
     letters = string.ascii_lowercase + string.digits + "!'(),-./:?[]" + "àáâãäåçèéêëìíîïñòóôõöøùúûüýœßæ"
+    tags = [f"[{TAGS.get(language, language)}]" for language in sorted(LANGUAGES)]
     ids = {"[STOP]": 0, "[UNK]": 1, "[SPACE]": LINE_END_ID, "[START]": START_ID}
     ids |= {letter: 3 + place for place, letter in enumerate(letters)}
-    tags = [f"[{TAGS.get(language, language)}]" for language in sorted(LANGUAGES)]
-    ids |= {tag: START_ID + 1 + place for place, tag in enumerate(tags)}
-    special = ["[STOP]", "[UNK]", "[SPACE]", "[START]", *tags]
+    return ids | {tag: START_ID + 1 + place for place, tag in enumerate(tags)}
+
+
+def lyric_vocabulary() -> str:
+    """Those pieces as JSON in the `tokenizers` format."""
+    ids = lyric_ids()
+    special = [piece for piece in ids if len(piece) > 1]
     flags = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {
+    content = {
         "version": "1.0",
-        "added_tokens": [{"id": ids[token], "content": token, **flags} for token in special],
+        "added_tokens": [{"id": ids[piece], "content": piece, **flags} for piece in special],
         "pre_tokenizer": {"type": "Whitespace"},
         "model": {"type": "BPE", "unk_token": "[UNK]", "vocab": ids, "merges": []},
     }
+    return json.dumps(content)
 
 
 def _transformer(weights: Weights, *, rows: int) -> None:

@@ -13,7 +13,7 @@ ROWS = 320  # of the embedding: 256 bytes, control pieces and the corpus's lette
 
 
 def sentencepiece_model() -> Tensor:
-    """The serialised model as published files embed one: uint8. Ids: 0 padding, 1 end, 2 unknown; bytes for the rest."""
+    """The serialised model as published files embed one, uint8. Ids: 0 padding, 1 end; unknown letters become bytes."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),

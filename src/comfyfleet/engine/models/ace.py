@@ -204,7 +204,7 @@ class AceAutoencoder(Resident[AceSound]):
 
     @torch.no_grad()
     def decode_audio(self, samples: Tensor) -> Audio:
-        """(B, 8, 16, columns) -> (B, 2, 4096 columns), each divided by max(1, 5 deviations) so that it does not clip."""
+        """(B, 8, 16, columns) -> (B, 2, 4096 columns), each divided by max(1, 5 deviations) against clipping."""
         network = self.network()
         waveforms = []
         for latents in samples:

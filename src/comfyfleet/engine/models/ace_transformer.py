@@ -137,7 +137,7 @@ def join_heads(x: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Linear attention: out_i = phi(q_i) (sum_j phi(k_j) v_j^T) / (phi(q_i) . sum_j phi(k_j)), phi = ReLU, in float32."""
+    """Linear attention: out_i = phi(q_i) (sum_j phi(k_j) v_j^T) / (phi(q_i) . sum_j phi(k_j)); phi = ReLU; float32."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -202,11 +202,11 @@ class FeedForward(nn.Module):
         """(B, tokens, width) -> the same. Tokens stay in front: both 1x1 convolutions are plain products."""
         up, deep, down = self.inverted_conv.conv, self.depth_conv.conv, self.point_conv.conv
         x = F.silu(F.linear(x, up.weight[..., 0].to(x.dtype), cast(up.bias, x)))  # (B, tokens, 2 hidden)
-        x, gate = over_three_tokens(x, deep.weight.to(x.dtype), deep.bias.to(x.dtype)).chunk(2, dim=-1)
+        x, gate = over_three_tokens(x, deep.weight.to(x.dtype), cast(deep.bias, x)).chunk(2, dim=-1)
         return F.linear(x * F.silu(gate), down.weight[..., 0].to(x.dtype))
 
 
-def over_three_tokens(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def over_three_tokens(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Depthwise convolution along axis 1. x: (B, tokens, channels); weight: (channels, 1, 3); zeros beyond the ends."""
     return F.conv1d(x.transpose(1, 2), weight, bias, padding=1, groups=x.shape[-1]).transpose(1, 2)
 

@@ -10,6 +10,7 @@ Sources: Kong et al. 2020 (HiFi-GAN, V1); Liu et al. 2022 (ConvNeXt); Salimans &
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +98,7 @@ class Backbone(nn.Module):
         stages = section.count("stages.{}.")
         widths = [section.shape(f"stages.{stage}.0.dwconv.bias")[0] for stage in range(stages)]
         entries: list[nn.Module] = [nn.ModuleList([Kernel1d(width, mels, extent), LayerNorm(width, NORM_EPS)])]
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             entries.append(nn.ModuleList([LayerNorm(before, NORM_EPS), Kernel1d(after, before, 1)]))
         self.channel_layers = nn.ModuleList(entries)
         self.stages = nn.ModuleList(

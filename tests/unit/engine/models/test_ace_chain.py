@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from unit.engine.models.ace_goldens import distance, graph, parts, record, tensors, zeroed
 
 from comfyfleet.engine.nodes.sampling import tonemap_reinhard
 from comfyfleet.engine.sampling.noise import initial_noise
 from comfyfleet.engine.sampling.sample import sample
 from comfyfleet.engine.sampling.schedules import FlowSigmas, schedule
 from comfyfleet.engine.values import ConditioningEntry
+from unit.engine.models.ace_goldens import distance, graph, parts, record, tensors, zeroed
 
 TIGHT = 1e-5
 

@@ -1,7 +1,7 @@
 """Lyrics become the ids that ComfyUI 0.3.64 makes of them.
 
-The authors' vocabulary is no part of this tree. Without it the goldens' ids are spelled out with an excerpt of its pieces
-(goldens/ace/lyric_pieces.json) and compared with our cleaned text; with it (COMFYFLEET_ACE_VOCAB, or
+The authors' vocabulary is no part of this tree. Without it the goldens' ids are spelled out with an excerpt of its
+pieces (goldens/ace/lyric_pieces.json) and compared with our cleaned text; with it (COMFYFLEET_ACE_VOCAB, or
 tokenizers/ace_step_lyrics_vocab.json in the folder COMFYFLEET_MODELS_DIR) the ids themselves are compared.
 """
 
@@ -11,9 +11,8 @@ import re
 from pathlib import Path
 
 import pytest
-from unit.engine.models.ace_goldens import GOLDENS, parts
 
-from comfyfleet.engine.miniatures.ace import lyric_vocabulary
+from comfyfleet.engine.miniatures.ace import lyric_ids, lyric_vocabulary
 from comfyfleet.engine.models.ace_lyrics.cleaning import clean
 from comfyfleet.engine.models.ace_lyrics.numbers import spell_numbers
 from comfyfleet.engine.models.ace_lyrics.romaji import romanise
@@ -28,6 +27,7 @@ from comfyfleet.engine.models.ace_lyrics.tokenizer import (
 )
 from comfyfleet.engine.models.prompt_weights import parse
 from comfyfleet.wire.errors import ModelFileUnusable
+from unit.engine.models.ace_goldens import GOLDENS, parts
 
 LYRICS = json.loads((GOLDENS / "ace" / "lyric_ids.json").read_text())
 PIECES = json.loads((GOLDENS / "ace" / "lyric_pieces.json").read_text())["pieces"]
@@ -153,9 +153,8 @@ def test_lines_carry_their_language_and_spaces_are_pieces():
 
 
 def test_a_miniature_spells_lyrics_letter_by_letter():
-    vocabulary = lyric_vocabulary()
-    ids = vocabulary["model"]["vocab"]
-    tokenizer = LyricTokenizer.from_json(json.dumps(vocabulary))
+    ids = lyric_ids()
+    tokenizer = LyricTokenizer.from_json(lyric_vocabulary())
 
     assert tokenizer.encode(["la 2\n\n"]) == [
         START_ID,
@@ -175,7 +174,7 @@ def test_lyrics_without_the_vocabulary_are_refused_by_name_and_silence_is_not():
 
 def test_another_file_in_the_vocabularys_place_is_refused(tmp_path):
     wrong = tmp_path / "ace_step_lyrics_vocab.json"
-    wrong.write_text(json.dumps(lyric_vocabulary()))
+    wrong.write_text(lyric_vocabulary())
 
     with pytest.raises(ModelFileUnusable, match="not the vocabulary"):
         LyricTokenizer.from_file(wrong)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from unit.engine.models.ace_goldens import CHECKPOINT, distance, parts, tensors
 
 from comfyfleet.engine.models.ace_transformer import rotary_tables
 from comfyfleet.engine.models.checkpoint import open_checkpoint
 from comfyfleet.engine.values import Audio, ConditioningEntry
+from unit.engine.models.ace_goldens import CHECKPOINT, distance, parts, tensors
 
 TIGHT = 1e-5
 

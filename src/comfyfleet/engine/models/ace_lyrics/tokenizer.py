@@ -24,7 +24,9 @@ START_ID = 261
 LINE_END_ID = 2
 VOCABULARY_FILE = "tokenizers/ace_step_lyrics_vocab.json"
 VOCABULARY_SHA256 = "c2a66ea48c478c0bb9acb5497144b926acdeaa37128faa799508d40f2b9cc558"
-LANGUAGES = frozenset("en de fr es it pt pl tr ru cs nl ar zh ja hu ko hi".split())
+LANGUAGES = frozenset(
+    ["en", "de", "fr", "es", "it", "pt", "pl", "tr", "ru", "cs", "nl", "ar", "zh", "ja", "hu", "ko", "hi"]
+)
 TAGS = {"zh": "zh-cn"}  # the tag of a language where it is not its name
 SECTION = re.compile(r"\[.*?\]")
 
