@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from comfyfleet.engine.media.resampling import resample
+
 ENCODERS = {"flac": "flac", "mp3": "libmp3lame", "opus": "libopus"}
 OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
 BIT_RATES = {"64k": 64_000, "96k": 96_000, "128k": 128_000, "192k": 192_000, "320k": 320_000}
@@ -48,24 +50,6 @@ def load_sound(path: str) -> tuple[Tensor, int]:
                 block = block.reshape(-1, channels).T
             blocks.append(_to_float(block))
     return torch.from_numpy(np.concatenate(blocks, axis=1))[None], rate_hz
-
-
-def resample(waveform: Tensor, from_hz: int, to_hz: int) -> Tensor:
-    """(…, channels, samples) at another rate, by FFmpeg's resampler."""
-    if from_hz == to_hz:
-        return waveform
-    items = waveform.reshape(-1, *waveform.shape[-2:])
-    return torch.stack([_resample_item(item, from_hz, to_hz) for item in items]).reshape(*waveform.shape[:-1], -1)
-
-
-def _resample_item(item: Tensor, from_hz: int, to_hz: int) -> Tensor:
-    channels = item.shape[0]
-    layout = "mono" if channels == 1 else "stereo"
-    resampler = av.AudioResampler(format="fltp", layout=layout, rate=to_hz)
-    frame = av.AudioFrame.from_ndarray(item.float().cpu().contiguous().numpy(), format="fltp", layout=layout)
-    frame.sample_rate, frame.pts = from_hz, 0
-    blocks = [block.to_ndarray() for block in (*resampler.resample(frame), *resampler.resample(None))]
-    return torch.from_numpy(np.concatenate(blocks, axis=1))
 
 
 def _for_opus(waveform: Tensor, rate_hz: int) -> tuple[Tensor, int]:

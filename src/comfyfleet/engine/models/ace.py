@@ -8,14 +8,14 @@ does, so on stock ComfyUI the same seed gives another song.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from comfyfleet.engine.models.ace_dcae import AceDcae
 from comfyfleet.engine.models.ace_lyrics.tokenizer import START_ID, LyricTokenizer, LyricVocabularyMissing
-from comfyfleet.engine.models.ace_mel import SAMPLE_RATE_HZ, log_mel, resample
+from comfyfleet.engine.models.ace_mel import SAMPLE_RATE_HZ, log_mel
 from comfyfleet.engine.models.ace_transformer import (
     AceTransformer,
     PreparedContext,
@@ -43,17 +43,21 @@ OWN_VOCABULARY = "text_encoders.ace_lyrics_vocab"  # uint8 JSON in a miniature; 
 
 def load(checkpoint: Checkpoint, device: str = "cpu") -> tuple[DiffusionModel, AceTextEncoder, AceAutoencoder]:
     """The three parts of an all-in-one file. Raises ModelFileUnusable where one is missing."""
-    diffusion = checkpoint.section("model.diffusion_model.")
-    TransformerSizes.of(diffusion)  # refuse now, not at the first step
-    network = AceNetwork(Source(checkpoint=diffusion, build=build_transformer, precision=PRECISION), device)
-    model = DiffusionModel(
+    model = open_diffusion(checkpoint.section("model.diffusion_model."), device)
+    return model, open_text_encoder(checkpoint, device), open_autoencoder(checkpoint.section("vae."), device)
+
+
+def open_diffusion(section: Checkpoint, device: str = "cpu", round_to: torch.dtype | None = None) -> DiffusionModel:
+    """The diffusion model alone; its weights are rounded to `round_to` first, when one is given."""
+    TransformerSizes.of(section)  # refuse now, not at the first step
+    precision = replace(PRECISION, round_to=round_to)
+    return DiffusionModel(
         family="ace_step",
-        network=network,
+        network=AceNetwork(Source(checkpoint=section, build=build_transformer, precision=precision), device),
         prediction="flow",
         sigmas=FlowSigmas(DEFAULT_SHIFT),
         latent_format=AceLatentFormat(),
     )
-    return model, open_text_encoder(checkpoint, device), open_autoencoder(checkpoint.section("vae."), device)
 
 
 def build_transformer(section: Checkpoint) -> AceTransformer:
@@ -137,6 +141,10 @@ class AceTextEncoder:
     def device(self) -> str:
         return self._tags.device
 
+    @property
+    def is_pinned(self) -> bool:
+        return self._tags.is_pinned
+
     def encode(self, text: str) -> ConditioningEntry:
         """Tags alone, without a word of lyrics."""
         return self.encode_song(text, "", 1.0, vocabulary=None)
@@ -218,11 +226,13 @@ class AceAutoencoder(Resident[AceSound]):
 
     @torch.no_grad()
     def encode_audio(self, audio: Audio) -> Tensor:
-        """Sound of any rate, mono or stereo -> (B, 8, 16, samples // 4096); a remainder is cut from both ends alike."""
-        waveform = resample(audio.waveform, audio.sample_rate_hz)
+        """44.1 kHz, mono or stereo -> (B, 8, 16, samples // 4096); a remainder is cut from both ends alike."""
+        waveform = audio.waveform
         if waveform.shape[1] == 1:
             waveform = waveform.expand(-1, 2, -1)
         columns, remainder = divmod(waveform.shape[-1], SAMPLES_PER_COLUMN)
+        if audio.sample_rate_hz != SAMPLE_RATE_HZ:
+            raise ValueError(f"sound must be resampled to {SAMPLE_RATE_HZ} Hz first, not {audio.sample_rate_hz}")
         if not columns:
             raise ValueError(f"sound shorter than {SAMPLES_PER_COLUMN} samples cannot be encoded")
         start = remainder // 2
@@ -235,6 +245,3 @@ def open_autoencoder(section: Checkpoint, device: str = "cpu") -> AceAutoencoder
     for part in ("dcae.decoder.conv_in.weight", "vocoder.head.conv_pre.bias"):
         section.shape(part)  # refuse now, not at the first decode
     return AceAutoencoder(Source(checkpoint=section, build=AceSound, precision=PRECISION), device)
-
-
-__all__ = ["AceAutoencoder", "AceNetwork", "AceTextEncoder", "load"]

@@ -1,8 +1,7 @@
 """Sound as ACE-Step v1's autoencoder hears it: log-mel spectrograms, 128 bands from 40 Hz to 16 kHz at 44.1 kHz.
 
-The filter bank is computed here; a published checkpoint need not hold one. Also the resampler that brings any rate to
-44.1 kHz. Source of the mel scale and its area norm: Slaney 1998 (Auditory Toolbox); of the resampler: J. O. Smith,
-Digital Audio Resampling (band-limited interpolation with a Hann window).
+The filter bank is computed here; a published checkpoint need not hold one. Source of the mel scale and its area norm:
+Slaney 1998 (Auditory Toolbox).
 """
 
 from __future__ import annotations
@@ -25,10 +24,6 @@ LINEAR_HZ_PER_MEL = 200.0 / 3.0
 LOG_START_HZ = 1000.0
 LOG_START_MEL = LOG_START_HZ / LINEAR_HZ_PER_MEL
 LOG_STEP = math.log(6.4) / 27.0
-
-# The resampler's kernel: zero crossings on each side, and where the pass band ends relative to the lower Nyquist rate.
-ZERO_CROSSINGS = 6
-ROLLOFF = 0.99
 
 
 def mel_of(frequency_hz: float) -> float:
@@ -66,28 +61,3 @@ def log_mel(waveform: Tensor) -> Tensor:
     magnitude = (torch.view_as_real(spectrum).square().sum(-1) + 1e-6).sqrt()  # (n, 1025, frames)
     bands = magnitude.transpose(1, 2) @ filter_bank().to(waveform.device)
     return bands.clamp_min(QUIETEST).log().transpose(1, 2)
-
-
-def resample(waveform: Tensor, from_hz: int, to_hz: int = SAMPLE_RATE_HZ) -> Tensor:
-    """(…, samples) -> (…, ceil(samples to_hz / from_hz)) by Hann-windowed sinc interpolation, one phase per output.
-
-    For each of the `new` output phases a kernel of the input samples around it; a strided convolution applies all.
-    """
-    if from_hz == to_hz:
-        return waveform
-    divisor = math.gcd(from_hz, to_hz)
-    old, new = from_hz // divisor, to_hz // divisor
-    band = min(old, new) * ROLLOFF
-    reach = math.ceil(ZERO_CROSSINGS * old / band)
-
-    taps = torch.arange(-reach, reach + old, dtype=torch.float32) / old
-    times = (taps[None] - torch.arange(new, dtype=torch.float32)[:, None] / new) * band
-    times = times.clamp(-ZERO_CROSSINGS, ZERO_CROSSINGS)
-    hann = torch.cos(times * math.pi / ZERO_CROSSINGS / 2).square()
-    kernels = torch.special.sinc(times) * hann * (band / old)  # (new, 2 reach + old)
-
-    flat = waveform.reshape(-1, waveform.shape[-1]).float()
-    padded = F.pad(flat, (reach, reach + old))
-    phases = F.conv1d(padded[:, None], kernels[:, None].to(flat.device), stride=old)  # (n, new, steps)
-    length = math.ceil(new * waveform.shape[-1] / old)
-    return phases.transpose(1, 2).flatten(1)[:, :length].reshape(*waveform.shape[:-1], length)

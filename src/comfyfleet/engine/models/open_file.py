@@ -11,6 +11,7 @@ from pathlib import Path
 import structlog
 import torch
 
+from comfyfleet.engine.models import ace
 from comfyfleet.engine.models.checkpoint import Checkpoint, open_checkpoint
 from comfyfleet.engine.models.clip_text import ClipEncoder, open_clip
 from comfyfleet.engine.models.families import demand, diffusion_section
@@ -46,16 +47,19 @@ WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
 def open_all_in_one(path: str, device: str) -> tuple[DiffusionModel, TextEncoder, Autoencoder | AudioAutoencoder]:
     """The three parts of a checkpoint. Raises ModelFileUnusable for an unknown family or a missing part."""
     checkpoint = open_checkpoint(path)
-    demand(checkpoint, ("sd15",))
+    if demand(checkpoint, ("sd15", "ace_step")) == "ace_step":
+        return ace.load(checkpoint, device)
     return open_diffusion(path, device), _clip_of(checkpoint, device), _vae_of(checkpoint, device)
 
 
 def open_diffusion(path: str, device: str, weight_dtype: str = "default") -> DiffusionModel:
     """A diffusion model from a file of its own or from an all-in-one one."""
     checkpoint = open_checkpoint(path)
-    demand(checkpoint, ("wan", "sd15"))
+    demand(checkpoint, ("wan", "sd15", "ace_step"))
     family, section = diffusion_section(checkpoint) or ("", checkpoint)
     round_to = WEIGHT_DTYPES[weight_dtype]
+    if family == "ace_step":
+        return ace.open_diffusion(section, device, round_to)
     if family == "wan":
         wan = open_wan(section, device)
         wan.source = replace(wan.source, precision=replace(wan.source.precision, round_to=round_to))

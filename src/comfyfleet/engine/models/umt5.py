@@ -124,15 +124,15 @@ def relative_buckets(length: int, device: torch.device) -> Tensor:
 class Umt5Use:
     """How a family uses the encoder.
 
-    pad_to: shortest token row. masks: padding is neither seen nor left in the result (zeros instead).
+    pad_to: shortest token row. clears: padding is not left in the result (zeros instead). Nobody sees padding.
     """
 
     pad_to: int
-    masks: bool
+    clears: bool
 
 
-WAN_USE = Umt5Use(pad_to=WAN_LENGTH, masks=True)
-ACE_USE = Umt5Use(pad_to=0, masks=False)
+WAN_USE = Umt5Use(pad_to=WAN_LENGTH, clears=True)
+ACE_USE = Umt5Use(pad_to=0, clears=False)
 
 
 class Umt5Encoder(Resident[Umt5]):
@@ -154,12 +154,10 @@ class Umt5Encoder(Resident[Umt5]):
         if has_weights(tokens):
             rows.append([END] + [PADDING] * (length - 1))
         ids = torch.tensor(rows, device=self.device)
-        mask = None
-        if self.use.masks:  # true up to and including the first end mark
-            ended = (ids == END).long().cumsum(dim=1)
-            mask = (ended == 0) | ((ended == 1) & (ids == END))
+        ended = (ids == END).long().cumsum(dim=1)
+        mask = (ended == 0) | ((ended == 1) & (ids == END))  # true up to and including the first end mark
         embedding = self.network()(ids, mask, self.dtype).float()
-        if mask is not None:
+        if self.use.clears:
             embedding = embedding * mask[..., None]
         first = embedding[0]
         if has_weights(tokens):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from comfyfleet.engine.media.sound import resample
+from comfyfleet.engine.media.resampling import resample
 from comfyfleet.engine.registry import NodeRegistry, NodeRun, link
 from comfyfleet.engine.values import Audio, AudioAutoencoder, Autoencoder, Latent
 

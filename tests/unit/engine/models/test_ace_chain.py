@@ -114,3 +114,17 @@ def test_other_samplers_and_strengths_end_in_the_references_latent(run):
     )
 
     assert distance(latent, golden[f"{run['key']}.latent"]) <= TIGHT
+
+
+def test_a_weighted_tag_moves_away_from_the_empty_prompt():
+    tags = parts()[1]._tags
+    plain = tags.encode_tokens(tags.tokenizer.tokens("rock, loud"))
+    heavy = tags.encode_tokens(tags.tokenizer.tokens("rock, (loud:1.4)"))
+    empty = tags.encode_tokens(tags.tokenizer.tokens(""))
+
+    assert distance(heavy[:, 0], plain[:, 0]) <= TIGHT
+    assert distance(heavy[:, -1], plain[:, -1]) <= TIGHT, "the end mark has no weight"
+    # The empty prompt's first row sees no padding, however long its company is.
+    two = tags.encode_tokens(tags.tokenizer.tokens("(a:2.0)"))
+    alone = tags.encode_tokens(tags.tokenizer.tokens("a"))
+    assert distance(two[:, 0] - empty[:, 0], 2 * (alone[:, 0] - empty[:, 0])) <= 1e-4

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from comfyfleet.engine.models.ace_mel import filter_bank, log_mel, resample
+from comfyfleet.engine.media.resampling import resample
+from comfyfleet.engine.models.ace_mel import filter_bank, log_mel
 
 
 def tone(frequency_hz, rate_hz, seconds=0.5):
@@ -44,7 +45,7 @@ def test_silence_is_the_quietest_level_a_mel_has():
 
 @pytest.mark.parametrize("rate_hz", [16_000, 22_050, 48_000, 96_000])
 def test_resampling_keeps_a_tone(rate_hz):
-    heard = resample(tone(1000.0, rate_hz), rate_hz)[0]
+    heard = resample(tone(1000.0, rate_hz), rate_hz, 44_100)[0]
     wanted = tone(1000.0, 44_100)[0]
 
     assert abs(len(heard) - len(wanted)) <= 1
@@ -55,4 +56,4 @@ def test_resampling_keeps_a_tone(rate_hz):
 def test_resampling_to_the_same_rate_is_free():
     waveform = torch.randn(2, 100)
 
-    assert resample(waveform, 44_100) is waveform
+    assert resample(waveform, 44_100, 44_100) is waveform

@@ -137,12 +137,12 @@ def test_the_context_is_made_once_a_run_and_forgotten_at_its_end(given):
     assert not model._prepared
 
 
-def test_sound_of_any_rate_and_channel_count_is_encoded():
+def test_mono_and_stereo_sound_is_encoded():
     vae = parts()[2]
     dice = torch.Generator().manual_seed(3)
 
     stereo = vae.encode_audio(Audio(waveform=torch.randn(2, 2, 3 * 4096 + 100, generator=dice), sample_rate_hz=44_100))
-    mono = vae.encode_audio(Audio(waveform=torch.randn(1, 1, 48_000, generator=dice), sample_rate_hz=48_000))
+    mono = vae.encode_audio(Audio(waveform=torch.randn(1, 1, 44_100, generator=dice), sample_rate_hz=44_100))
 
     assert stereo.shape == (2, 8, 16, 3)
     assert mono.shape == (1, 8, 16, 10)
