@@ -1,0 +1,1 @@
+"""The wrapper's HTTP: parse, call `JobService`, render. `app` builds it; `generate` is the hot path."""

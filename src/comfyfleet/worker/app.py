@@ -1,0 +1,186 @@
+"""Composition root of a worker: engines and their supervisor, the job service, the wrapper, and the agent in a fleet.
+
+Everything is built here and handed down; nothing here decides. Order at the end: the wrapper stops accepting, running
+jobs are left to the journal, engines of ours are stopped.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import anyio
+import msgspec
+import structlog
+import uvicorn
+
+from comfyfleet.clock import Clock
+from comfyfleet.ids import Ids
+from comfyfleet.sealing import Sealer, load_or_create_key
+from comfyfleet.settings.worker import WorkerSettings
+from comfyfleet.wire.generation import GenerateInput, GenerateResult, OutputEntry
+from comfyfleet.wire.workflow import Graph
+from comfyfleet.worker.api.app import FilesMount, build
+from comfyfleet.worker.api.metrics import WorkerMetrics
+from comfyfleet.worker.engines.client import EngineClient
+from comfyfleet.worker.engines.layout import EnginePlan, plan_engines
+from comfyfleet.worker.engines.learned import Durations
+from comfyfleet.worker.engines.pool import EnginePool, EngineSlot
+from comfyfleet.worker.engines.supervisor import Supervisor
+from comfyfleet.worker.job import Finished, Job
+from comfyfleet.worker.journal import Journal
+from comfyfleet.worker.pipeline import Stages
+from comfyfleet.worker.service import JobService
+from comfyfleet.worker.stages.kit import Kit, KitPlaces, open_kit
+from comfyfleet.worker.stages.store_outputs import missing_files
+from comfyfleet.worker.templates import SHIPPED, Templates
+
+log = structlog.get_logger()
+
+_result_decoder = msgspec.json.Decoder(GenerateResult)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """A running worker's parts, for the agent and for tests."""
+
+    service: JobService
+    pool: EnginePool
+    session: aiohttp.ClientSession
+    metrics: WorkerMetrics
+    kit: Kit
+
+
+@asynccontextmanager
+async def running(settings: WorkerSettings, env: Mapping[str, str], *, clock: Clock, ids: Ids) -> AsyncIterator[Worker]:
+    """Engines starting, jobs moving; no listener yet. `env` is what engine children inherit."""
+    folders = settings.folders
+    folders.worker_dir.mkdir(parents=True, exist_ok=True)
+    plans = plan_engines(settings.engines, folders, env)
+    key = load_or_create_key(folders.files_key_file)
+    storage = settings.storage
+    journal = Journal(
+        folders.worker_dir / "journal.sqlite3",
+        Sealer(load_or_create_key(folders.worker_dir / "journal.key"), "journal"),
+    )
+    metrics = WorkerMetrics()
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=120)
+    connector = aiohttp.TCPConnector(limit=0, force_close=False, keepalive_timeout=60)
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=timeout, connector=connector) as session,
+            open_kit(
+                KitPlaces(
+                    output=folders.output_dir,
+                    engine_input=plans[0].folders["input"],
+                    outbox=folders.worker_dir / "webhooks.sqlite3",
+                    key=key,
+                ),
+                storage,
+                settings.webhook,
+                settings.fetch,
+                clock=clock,
+                ids=ids,
+            ) as kit,
+            anyio.create_task_group() as tasks,
+        ):
+            slots = [_slot(plan, session, clock, ids) for plan in plans]
+            pool = EnginePool(slots, clock)
+            supervisor = Supervisor(pool, clock=clock, ids=ids)
+            templates = [folder for folder in (folders.templates_dir, SHIPPED) if folder is not None]
+            service = JobService(
+                pool=pool,
+                stages=_stages(kit, settings.webhook.url),
+                journal=journal,
+                templates=Templates(*templates),
+                settings=settings.queue,
+                durations=Durations(),
+                clock=clock,
+                ids=ids,
+                on_finished=metrics.finished,
+            )
+            metrics.watch(service)
+            for slot, plan in zip(slots, plans, strict=True):
+                tasks.start_soon(supervisor.tend, slot, plan.launch, name=slot.name)
+            await tasks.start(service.run, name="jobs")
+            yield Worker(service=service, pool=pool, session=session, metrics=metrics, kit=kit)
+            service.drain()
+            tasks.cancel_scope.cancel()
+    finally:
+        await journal.close()
+
+
+async def serve(settings: WorkerSettings, env: Mapping[str, str], *, clock: Clock, ids: Ids) -> None:
+    """Run the worker until SIGTERM or SIGINT."""
+    listener = _listener(settings.wrapper.host, settings.wrapper.port)
+    async with running(settings, env, clock=clock, ids=ids) as worker:
+        app = build(
+            worker.service,
+            clock=clock,
+            metrics=worker.metrics,
+            key=settings.wrapper.key,
+            max_body_bytes=settings.wrapper.max_body_bytes,
+            include_response=settings.wrapper.include_comfyui_response,
+            files=FilesMount(root=settings.folders.output_dir, signer=worker.kit.signer),
+        )
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            loop="uvloop",
+            http="httptools",
+            timeout_graceful_shutdown=2,
+        )
+        server = uvicorn.Server(config)
+        log.info("worker.listening", host=settings.wrapper.host, port=listener.getsockname()[1])
+        # In a fleet the agent joins here: `agent.run(worker, …)` in a task group around the listener.
+        await server.serve(sockets=[listener])
+
+
+def _slot(plan: EnginePlan, session: aiohttp.ClientSession, clock: Clock, ids: Ids) -> EngineSlot:
+    client = EngineClient(plan.base_url, session=session, clock=clock, ids=ids)
+    return EngineSlot(name=plan.name, client=client, owned=plan.launch is not None, folders=plan.folders, gpu=plan.gpu)
+
+
+def _stages(kit: Kit, operator_webhook: str) -> Stages:
+    async def fetch_inputs(graph: Graph, request: GenerateInput) -> Graph:
+        return (await kit.fetch_inputs.run(graph, request)).graph
+
+    async def store_outputs(
+        entry: dict[str, Any], folder: str, request: GenerateInput, folders: Mapping[str, Path]
+    ) -> list[OutputEntry]:
+        return await kit.store_outputs.run(entry, request_id=folder, request=request, folders=folders)
+
+    def missing_nodes(entry: dict[str, Any], folders: Mapping[str, Path]) -> set[str]:
+        return {named.node_id for named in missing_files(entry, folders)}
+
+    async def resign(outputs: list[OutputEntry], request: GenerateInput) -> None:
+        await kit.store_outputs.resign(outputs, request=request)
+
+    async def notify(job: Job, finished: Finished) -> None:
+        target = job.request.webhook
+        if target.url or operator_webhook:
+            result = _result_decoder.decode(finished.body)
+            await kit.notify.finished(result, target, scope=job.scope, occurrence=f"{job.accepted_at:.6f}")
+
+    return Stages(
+        fetch_inputs=fetch_inputs,
+        store_outputs=store_outputs,
+        missing_nodes=missing_nodes,
+        check=kit.check,
+        resign=resign,
+        notify=notify,
+    )
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+    return listener

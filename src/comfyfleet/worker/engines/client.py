@@ -1,0 +1,269 @@
+"""One client for every engine, embedded or a real ComfyUI: HTTP to ask, one socket for hints.
+
+The socket is never believed alone: events may be lost (no replay on reconnect, one slow receiver stalls all), so
+whoever follows a prompt also asks the history now and then. Every connection has a new client id, because ComfyUI
+unregisters the newer of two sockets with one id when the older closes. Faults of transport surface as EngineGone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import aiohttp
+import anyio
+import msgspec
+import structlog
+
+from comfyfleet.clock import Clock
+from comfyfleet.ids import Ids
+from comfyfleet.wire.errors import WorkflowRefused
+from comfyfleet.wire.workflow import Graph
+from comfyfleet.worker.engines.faults import without_paths
+
+log = structlog.get_logger()
+
+_encode = msgspec.json.Encoder().encode
+_RECONNECT_FIRST_S, _RECONNECT_CAP_S = 0.1, 2.0
+# An idle ComfyUI sends nothing, not even pings: ours find a dead peer.
+_HEARTBEAT_S = 20.0
+
+
+class EngineGone(Exception):
+    """The engine did not answer, or not with anything we know."""
+
+
+class EventData(msgspec.Struct, frozen=True, kw_only=True):
+    """What we read of an event's data; `output` and the rest stay in the history."""
+
+    prompt_id: str | None = None
+    node: str | None = None
+    value: float | None = None
+    max: float | None = None
+
+
+class EngineEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """One JSON frame of the socket."""
+
+    type: str
+    data: EventData = EventData()
+
+
+class HistoryEntry(msgspec.Struct, kw_only=True):
+    """A finished prompt, the engine's words kept: `{prompt, outputs, status, meta}` are ComfyUI's."""
+
+    prompt: list[Any] = []
+    outputs: dict[str, dict[str, Any]] = {}
+    status: dict[str, Any] = {}
+    meta: dict[str, Any] = {}
+
+    def message(self, kind: str) -> dict[str, Any] | None:
+        """The data of the last status message of this kind, or None."""
+        found = [message[1] for message in self.status.get("messages", []) if message[0] == kind]
+        return found[-1] if found else None
+
+
+class Accepted(msgspec.Struct, kw_only=True):
+    """The engine's 200 to POST /prompt."""
+
+    prompt_id: str
+    node_errors: dict[str, Any] = {}
+
+
+class QueueView(msgspec.Struct, frozen=True, kw_only=True):
+    """Prompt ids in the engine's hands."""
+
+    running: tuple[str, ...]
+    pending: tuple[str, ...]
+
+    def __contains__(self, prompt_id: object) -> bool:
+        return prompt_id in self.running or prompt_id in self.pending
+
+
+_event_decoder = msgspec.json.Decoder(EngineEvent)
+_history_decoder = msgspec.json.Decoder(dict[str, HistoryEntry])
+_accepted_decoder = msgspec.json.Decoder(Accepted)
+
+Listener = Callable[[EngineEvent], None]
+
+
+class EngineClient:
+    """`run` keeps the socket; the other methods may be called by anyone at any time."""
+
+    def __init__(self, base_url: str, *, session: aiohttp.ClientSession, clock: Clock, ids: Ids) -> None:
+        self.base_url = base_url
+        self._session = session
+        self._clock = clock
+        self._ids = ids
+        self._listeners: dict[str, Listener] = {}
+        self.client_id = self._new_client_id()
+        self.connected = False
+        self.last_heard = clock.monotonic()
+
+    def listen(self, prompt_id: str, listener: Listener) -> None:
+        """Hand this prompt's events to `listener`; register before submitting, so that none is missed."""
+        self._listeners[prompt_id] = listener
+
+    def forget(self, prompt_id: str) -> None:
+        self._listeners.pop(prompt_id, None)
+
+    async def run(self) -> None:
+        """Keep one socket open for as long as the client lives."""
+        wait_s = _RECONNECT_FIRST_S
+        while True:
+            try:
+                self.client_id = self._new_client_id()
+                url = f"{self.base_url.replace('http', 'ws', 1)}/ws?clientId={self.client_id}"
+                async with self._session.ws_connect(url, max_msg_size=0, heartbeat=_HEARTBEAT_S, compress=0) as socket:
+                    wait_s = _RECONNECT_FIRST_S
+                    await self._read(socket)
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                log.debug("engine.socket_failed", engine=self.base_url, error=str(error))
+            self.connected = False
+            await self._clock.sleep(wait_s)
+            wait_s = min(wait_s * 2, _RECONNECT_CAP_S)
+
+    async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        async for message in socket:
+            if message.type is not aiohttp.WSMsgType.TEXT:
+                continue
+            self.last_heard = self._clock.monotonic()
+            # The first frame is a status: only after it is this id known to the engine.
+            self.connected = True
+            try:
+                event = _event_decoder.decode(message.data)
+            except msgspec.MsgspecError:
+                continue  # an event of a custom node, in a shape of its own
+            listener = self._listeners.get(event.data.prompt_id or "")
+            if listener is not None:
+                listener(event)
+
+    async def submit(self, graph: Graph, prompt_id: str, *, extra_pnginfo: dict[str, Any] | None = None) -> None:
+        """POST /prompt. Raises WorkflowRefused with the engine's reasons, or EngineGone when it may not have it."""
+        body: dict[str, Any] = {"prompt": graph, "prompt_id": prompt_id, "client_id": self.client_id}
+        if extra_pnginfo:
+            body["extra_data"] = {"extra_pnginfo": extra_pnginfo}
+        status, answer = await self._call("POST", "/prompt", body)
+        if status == 200:
+            accepted = _accepted_decoder.decode(answer)
+            if accepted.node_errors:
+                # Some outputs were dropped, the rest would run: all or nothing.
+                await self.delete(prompt_id)
+                await self.interrupt(prompt_id)
+                raise refusal({"node_errors": accepted.node_errors})
+            return
+        if status == 400:
+            raise refusal(msgspec.json.decode(answer))
+        if status == 413:
+            raise WorkflowRefused("the workflow is larger than the engine accepts", field="workflow_json")
+        # A 500 proves nothing: ComfyUI queues some prompts that it answers so.
+        if prompt_id in await self.queue() or await self.history(prompt_id) is not None:
+            return
+        raise EngineGone(f"POST /prompt answered {status}")
+
+    async def history(self, prompt_id: str) -> HistoryEntry | None:
+        """The finished prompt's entry, or None, which by itself tells nothing."""
+        _, answer = await self._call("GET", f"/history/{prompt_id}")
+        try:
+            return _history_decoder.decode(answer).get(prompt_id)
+        except msgspec.MsgspecError as error:
+            raise EngineGone(f"unreadable history: {error}") from error
+
+    async def queue(self) -> QueueView:
+        _, answer = await self._call("GET", "/queue")
+        try:
+            body = msgspec.json.decode(answer)
+            return QueueView(
+                running=tuple(str(item[1]) for item in body["queue_running"]),
+                pending=tuple(str(item[1]) for item in body["queue_pending"]),
+            )
+        except (msgspec.MsgspecError, KeyError, TypeError, IndexError) as error:
+            raise EngineGone(f"unreadable queue: {error}") from error
+
+    async def delete(self, prompt_id: str) -> None:
+        """Take a pending prompt out of the queue; a running or unknown one is left alone."""
+        await self._call("POST", "/queue", {"delete": [prompt_id]})
+
+    async def interrupt(self, prompt_id: str) -> None:
+        """Stop this prompt if it is the one that runs."""
+        await self._call("POST", "/interrupt", {"prompt_id": prompt_id})
+
+    async def free(self) -> None:
+        """Drop models and cached results as soon as the engine is between prompts."""
+        await self._call("POST", "/free", {"unload_models": True, "free_memory": True})
+
+    async def system_stats(self) -> dict[str, Any]:
+        _, answer = await self._call("GET", "/system_stats")
+        stats = msgspec.json.decode(answer)
+        return stats if isinstance(stats, dict) else {}
+
+    async def object_info(self, class_type: str = "") -> dict[str, Any]:
+        _, answer = await self._call("GET", f"/object_info/{class_type}" if class_type else "/object_info")
+        info = msgspec.json.decode(answer)
+        return info if isinstance(info, dict) else {}
+
+    async def _call(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
+        try:
+            async with self._session.request(
+                method, self.base_url + path, data=None if body is None else _encode(body), headers=_JSON
+            ) as answer:
+                return answer.status, await answer.read()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise EngineGone(f"{method} {path}: {str(error) or type(error).__name__}") from error
+
+    def _new_client_id(self) -> str:
+        return f"comfyfleet_{self._ids.request_id()}"
+
+
+_JSON = {"Content-Type": "application/json"}
+
+
+def refusal(answer: dict[str, Any]) -> WorkflowRefused:
+    """ComfyUI's refusal as ours: the first bad node named, all node errors kept, tracebacks and paths left out."""
+    error = answer.get("error") or {}
+    node_errors = {
+        str(node_id): {
+            "class_type": found.get("class_type", ""),
+            "errors": [
+                {
+                    "type": one.get("type", ""),
+                    "message": without_paths(str(one.get("message", ""))),
+                    "details": without_paths(str(one.get("details", ""))),
+                    "input": (one.get("extra_info") or {}).get("input_name"),
+                    "received_value": (one.get("extra_info") or {}).get("received_value"),
+                }
+                for one in found.get("errors", [])
+            ],
+        }
+        for node_id, found in (answer.get("node_errors") or {}).items()
+    }
+    for node_id, found in node_errors.items():
+        for one in found["errors"]:
+            message = f"node {node_id} ({found['class_type']}): {one['message']}"
+            if one["details"]:
+                message += f": {one['details']}"
+            return WorkflowRefused(
+                message,
+                node_id=node_id,
+                class_type=found["class_type"],
+                input=one["input"],
+                type=one["type"],
+                node_errors=node_errors,
+            )
+    message = without_paths(str(error.get("message", "the engine refused the workflow")))
+    details = without_paths(str(error.get("details", "")))
+    bad_node = details.partition("'#")[2].rstrip("'") or None
+    return WorkflowRefused(
+        f"{message} {details}".strip(), node_id=bad_node, type=error.get("type"), node_errors=node_errors or None
+    )
+
+
+async def wait_until_answering(client: EngineClient, clock: Clock, *, poll_s: float = 0.1) -> None:
+    """Return at the engine's first answer to /system_stats."""
+    while True:
+        try:
+            with anyio.fail_after(5):
+                await client.system_stats()
+                return
+        except (EngineGone, TimeoutError, msgspec.MsgspecError):
+            await clock.sleep(poll_s)

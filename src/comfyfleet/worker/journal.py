@@ -1,0 +1,248 @@
+"""What survives this process: accepted jobs, their prompt ids, their ends, and whatever a table of another part holds.
+
+SQLite in WAL mode, one writer thread, every commit synced; writes that wait together share one commit, so a crowd pays
+for one sync. `write` returns when the change is on disk. Reading uses a connection of the loop's own: look-ups by key
+cost microseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+import anyio.to_thread
+import msgspec
+
+from comfyfleet.sealing import CannotOpen, Sealer
+from comfyfleet.wire.generation import GenerateInput
+from comfyfleet.wire.jobs import RunStatus
+from comfyfleet.worker import journal_sql as sql
+from comfyfleet.worker.engines.faults import FaultKind
+from comfyfleet.worker.job import Finished, Job, RunEvent
+
+Returned = TypeVar("Returned")
+_MOST_IN_ONE_COMMIT = 256
+_encode = msgspec.json.Encoder().encode
+_request_decoder = msgspec.json.Decoder(GenerateInput)
+_events_decoder = msgspec.json.Decoder(list[RunEvent])
+
+
+class _Write:
+    """One caller's change and where its outcome goes."""
+
+    __slots__ = ("change", "future", "loop")
+
+    def __init__(self, change: Callable[[sqlite3.Connection], Any]) -> None:
+        self.change = change
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[Any] = self.loop.create_future()
+
+    def settle(self, value: Any, error: BaseException | None) -> None:
+        if self.future.done():
+            return
+        if error is not None:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(value)
+
+
+class Journal:
+    """Open it once per worker folder; `close` waits for what is being written."""
+
+    def __init__(self, path: Path, sealer: Sealer) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._sealer = sealer
+        self._writes: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._db = self._connect()
+        self._db.executescript(sql.SCHEMA)
+        self._reader = self._connect()
+        self._reader.execute("PRAGMA query_only = ON")
+        self._thread = threading.Thread(target=self._run, name="journal-writer", daemon=True)
+        self._thread.start()
+
+    def create(self, schema: str) -> None:
+        """Tables of another part (the webhook outbox); called while building, before any write."""
+        self._connect().executescript(schema)
+
+    async def write(self, change: Callable[[sqlite3.Connection], Returned]) -> Returned:
+        """Run `change` on the writer's connection and commit; it is undone when it raises. No I/O in it but SQL."""
+        write = _Write(change)
+        self._writes.put(write)
+        try:
+            found: Returned = await asyncio.shield(write.future)
+        except asyncio.CancelledError:
+            # It is written all the same; nobody waits for it any more.
+            write.future.add_done_callback(lambda future: future.cancelled() or future.exception())
+            raise
+        return found
+
+    def rows(self, statement: str, values: Iterable[Any] = ()) -> list[sqlite3.Row]:
+        """Committed rows; for look-ups by an index."""
+        return self._reader.execute(statement, tuple(values)).fetchall()
+
+    async def accept(self, job: Job) -> None:
+        """Write a new job down; after this, a restart runs it."""
+        values = {
+            "id": job.id,
+            "scope": job.scope,
+            "key": job.key,
+            "folder": job.folder,
+            "fingerprint": job.fingerprint,
+            "accepted_at": job.accepted_at,
+            "prompt_id": job.prompt_id,
+            "abandonable": job.abandonable,
+            "request": self._sealer.seal(_encode(job.request)),
+        }
+        await self.write(lambda db: db.execute(sql.ACCEPT, values))
+
+    async def attempt(self, job: Job) -> None:
+        """Write the next prompt id down, before it is sent."""
+        values = {**_name(job), "prompt_id": job.prompt_id, "earlier_faults": ",".join(job.earlier_faults)}
+        await self.write(lambda db: db.execute(sql.ATTEMPT, values))
+
+    async def keep(self, job: Job) -> None:
+        """Somebody wants this job even when no connection waits for it; also waits for its acceptance."""
+        await self.write(lambda db: db.execute(sql.KEEP, _name(job)))
+
+    async def finish(self, job: Job, finished: Finished, now: float) -> bool:
+        """Write the end down; False when it had one already."""
+        values = {
+            **_name(job),
+            "status": finished.status.value,
+            "http_status": finished.http_status,
+            "retry_after_s": finished.retry_after_s,
+            "finished_at": now,
+            "result": finished.body,
+            "events": _encode(job.events.events),
+        }
+        return await self.write(lambda db: db.execute(sql.FINISH, values).rowcount == 1)
+
+    def open_jobs(self) -> list[Job]:
+        """Accepted jobs without an end, oldest first; those whose request cannot be read are left out."""
+        found = []
+        for row in self.rows(sql.OPEN_JOBS):
+            try:
+                request = _request_decoder.decode(self._sealer.open(row["request"]))
+            except (CannotOpen, msgspec.MsgspecError):
+                continue
+            found.append(_job(row, request))
+        return found
+
+    def find(self, *, scope: str, key: str) -> Job | None:
+        """A finished job by its key; live ones are the service's business."""
+        return _ended(self.rows(sql.BY_KEY, (scope, key)))
+
+    def find_by_id(self, job_id: str, scope: str) -> Job | None:
+        return _ended(self.rows(sql.BY_ID, (job_id, scope)))
+
+    def folder_taken(self, folder: str, scope: str) -> bool:
+        """Does a job of another scope have this folder?"""
+        return bool(self.rows(sql.FOLDER_TAKEN, (folder, scope)))
+
+    async def forget_before(self, moment: float) -> list[str]:
+        """Drop jobs that ended before `moment` (epoch s); their output folders."""
+
+        def change(db: sqlite3.Connection) -> list[str]:
+            folders = [row[0] for row in db.execute(sql.EXPIRED_FOLDERS, (moment,))]
+            db.execute(sql.FORGET, (moment,))
+            return folders
+
+        return await self.write(change)
+
+    async def save_learned(self, data: bytes) -> None:
+        await self.write(lambda db: db.execute(sql.SAVE_LEARNED, (data,)))
+
+    def load_learned(self) -> bytes | None:
+        rows = self.rows(sql.LOAD_LEARNED)
+        return bytes(rows[0]["data"]) if rows else None
+
+    async def close(self) -> None:
+        with anyio.CancelScope(shield=True):
+            self._writes.put(None)
+            await anyio.to_thread.run_sync(self._thread.join)
+            self._reader.close()
+            self._db.close()
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=10)
+        db.row_factory = sqlite3.Row
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        return db
+
+    def _run(self) -> None:
+        while True:
+            batch = [self._writes.get()]
+            while len(batch) < _MOST_IN_ONE_COMMIT and not self._writes.empty():
+                batch.append(self._writes.get())
+            writes = [write for write in batch if write is not None]
+            if writes:
+                self._commit(writes)
+            if len(writes) < len(batch):
+                return
+
+    def _commit(self, writes: list[_Write]) -> None:
+        outcomes: list[tuple[Any, BaseException | None]] = []
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            for write in writes:
+                outcomes.append(self._apply(write))
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:  # a full disk: nothing of this batch is written
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            outcomes = [(None, error)] * len(writes)
+        for write, (value, failure) in zip(writes, outcomes, strict=True):
+            write.loop.call_soon_threadsafe(write.settle, value, failure)
+
+    def _apply(self, write: _Write) -> tuple[Any, BaseException | None]:
+        self._db.execute("SAVEPOINT one")
+        try:
+            value = write.change(self._db)
+        except Exception as error:  # the caller's change, the caller's exception
+            self._db.execute("ROLLBACK TO one")
+            self._db.execute("RELEASE one")
+            return None, error
+        self._db.execute("RELEASE one")
+        return None if isinstance(value, sqlite3.Cursor) else value, None
+
+
+def _name(job: Job) -> dict[str, Any]:
+    return {"scope": job.scope, "key": job.key}
+
+
+def _job(row: sqlite3.Row, request: GenerateInput, status: RunStatus = RunStatus.QUEUED) -> Job:
+    return Job(
+        status=status,
+        id=row["id"],
+        scope=row["scope"],
+        key=row["key"],
+        folder=row["folder"],
+        request=request,
+        fingerprint=row["fingerprint"],
+        accepted_at=row["accepted_at"],
+        prompt_id=row["prompt_id"],
+        earlier_faults=tuple(FaultKind(name) for name in row["earlier_faults"].split(",") if name),
+        abandonable=bool(row["abandonable"]),
+    )
+
+
+def _ended(rows: list[sqlite3.Row]) -> Job | None:
+    if not rows or rows[0]["result"] is None:
+        return None
+    row = rows[0]
+    job = _job(row, GenerateInput(), RunStatus(row["status"]))
+    job.events.events = _events_decoder.decode(row["events"])
+    job.events.close()
+    job.finished = Finished(
+        status=job.status, http_status=row["http_status"], body=row["result"], retry_after_s=row["retry_after_s"]
+    )
+    job.done.set()
+    return job
