@@ -40,7 +40,8 @@ class FakeClock:
         until = self._now + seconds
         await anyio.wait_all_tasks_blocked()
         while self._sleepers and self._sleepers[0][0] <= until:
-            self._now, _, wake = heapq.heappop(self._sleepers)
+            due, _, wake = heapq.heappop(self._sleepers)
+            self._now = max(self._now, due)  # a sleeper that a `jump` passed over is late, time does not go back
             wake.set()
             await anyio.wait_all_tasks_blocked()
         self._now = until

@@ -124,14 +124,14 @@ class Webhooks:
             while True:
                 self._wake = anyio.Event()
                 try:
-                    await self._start_due(deliveries)
-                    await self._rest()
+                    now = self._clock.now()
+                    await self._start_due(deliveries, now)
+                    await self._rest(now)
                 except Exception:
                     log.exception("webhook.loop_failed")
                     await self._clock.sleep(_AFTER_FAILURE_S)
 
-    async def _start_due(self, deliveries: TaskGroup) -> None:
-        now = self._clock.now()
+    async def _start_due(self, deliveries: TaskGroup, now: float) -> None:
         for event in await anyio.to_thread.run_sync(self._outbox.due, now, 4 * _AT_ONCE):
             if self._has_room(event):
                 self._under_way.add(event.id)
@@ -146,11 +146,12 @@ class Webhooks:
             and self._per_host[event.host] < _PER_HOST
         )
 
-    async def _rest(self) -> None:
-        """Until something is due, something new comes, or a delivery ends."""
-        now = self._clock.now()
-        next_at = await anyio.to_thread.run_sync(self._outbox.next_at, now)
-        wait_s = _LONGEST_SLEEP_S if next_at is None else min(_LONGEST_SLEEP_S, max(0.0, next_at - now))
+    async def _rest(self, looked_at: float) -> None:
+        """Until something that was not due at `looked_at` is, something new comes, or a delivery ends."""
+        next_at = await anyio.to_thread.run_sync(self._outbox.next_at, looked_at)
+        wait_s = _LONGEST_SLEEP_S
+        if next_at is not None:
+            wait_s = min(wait_s, max(0.0, next_at - self._clock.now()))
         wake = self._wake
         async with anyio.create_task_group() as either:
 
