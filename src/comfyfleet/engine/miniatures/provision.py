@@ -58,7 +58,8 @@ def _is_current(path: Path) -> bool:
     """True for a file that is to be left alone: a miniature of this recipe, or no miniature at all."""
     try:
         with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_bytes)) if header_bytes < path.stat().st_size else {}
     except FileNotFoundError:
         return False
     except (OSError, ValueError):

@@ -22,7 +22,7 @@ DIFFUSION_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 OTHER_SIGNS: dict[str, tuple[str, ...]] = {
     "wan_vae": ("decoder.middle.0.residual.0.gamma", "conv2.weight"),
     "sd15_vae": ("decoder.mid.block_1.norm1.weight", "post_quant_conv.weight"),
-    "umt5": ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight", "shared.weight"),
+    "umt5": ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "shared.weight", "spiece_model"),
     "clip_l": ("text_model.encoder.layers.0.self_attn.k_proj.weight",),
     "lora": (),
 }
