@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from comfyfleet.engine.models.open_file import open_diffusion
+from comfyfleet.engine.models.open_file import open_all_in_one, open_diffusion
+from comfyfleet.engine.nodes.sampling import tonemap_reinhard
 from comfyfleet.engine.sampling.noise import initial_noise
 from comfyfleet.engine.sampling.sample import sample
 from comfyfleet.engine.sampling.samplers import SAMPLERS
@@ -141,3 +142,44 @@ def test_parts_of_a_schedule_equal_the_reference(name, run):
     if run["sampler_called"]:
         assert sigmas.tolist() == pytest.approx(run["sigmas"], rel=1e-6)
     assert distance(out, recorded[f"{run['key']}.latent"]) < (1e-5 if adds_noise else 1e-4)
+
+
+def test_every_step_of_er_sde_on_ace_step_equals_the_reference():
+    record = json.loads((GOLDENS / "ace" / "er_sde_steps" / "record.json").read_text())
+    recorded, text = tensors("ace/er_sde_steps/record"), tensors("ace/t2m/record")
+    model, _, _ = open_all_in_one(str(GOLDENS / "models" / "checkpoints" / "golden_ace_step.safetensors"), "cpu")
+    model = replace(
+        model,
+        sigmas=FlowSigmas(record["shift"]),
+        guidance_operations=(lambda latent: tonemap_reinhard(latent, record["mult"]),),
+    )
+    positive = ConditioningEntry(
+        embedding=text["text.positive"], lyric_ids=text["lyric_ids.positive"].reshape(1, -1), lyrics_strength=0.99
+    )
+    negative = replace(
+        positive,
+        embedding=torch.zeros_like(positive.embedding),
+        lyric_ids=torch.zeros_like(positive.lyric_ids),
+    )
+    sigmas = schedule(model.sigmas, scheduler="linear_quadratic", sampler_name="er_sde", steps=record["steps"])
+    latent = torch.zeros_like(recorded["step_x"][0])
+    shown = []
+
+    sample(
+        model,
+        noise=initial_noise(latent, record["seed"]),
+        latent=latent,
+        positive=(positive,),
+        negative=(negative,),
+        cfg=record["cfg"],
+        sampler_name="er_sde",
+        sigmas=sigmas,
+        seed=record["seed"],
+        callback=lambda step, of, x0, x: shown.append((x, x0)),
+    )
+
+    assert sigmas.tolist() == record["sigmas"]
+    assert len(shown) == record["steps"]
+    for step, (x, x0) in enumerate(shown):
+        assert distance(x, recorded["step_x"][step]) < 1e-5
+        assert distance(x0, recorded["step_x0"][step]) < 1e-5
