@@ -17,10 +17,14 @@ from typing import Any
 
 import msgspec
 
+from comfyfleet.wire.generation import RANDOM_INT
+from comfyfleet.wire.workflow import Graph, is_link
+
 MIN_ROUNDS = 2
 MAX_ROUNDS = 8
 STABLE_WITHIN = 0.05
 DRIFT_FLAGGED = 0.20
+SEED_INPUTS = frozenset({"seed", "noise_seed"})
 
 
 class BenchmarkKey(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,3 +121,17 @@ class ScoreCache:
             return msgspec.json.decode(self._path.read_bytes(), type=list[BenchmarkScore])
         except (OSError, msgspec.DecodeError):
             return []  # absent or from another version: measuring again is always right
+
+
+def with_random_seeds(graph: Graph) -> Graph:
+    """The graph with every literal seed replaced, so that no round can be answered from a cache."""
+    return {
+        node_id: {
+            **node,
+            "inputs": {
+                name: RANDOM_INT if name in SEED_INPUTS and not is_link(value) else value
+                for name, value in node["inputs"].items()
+            },
+        }
+        for node_id, node in graph.items()
+    }
