@@ -22,10 +22,14 @@ import uvicorn
 from comfyfleet.clock import Clock
 from comfyfleet.ids import Ids
 from comfyfleet.sealing import Sealer, load_or_create_key
+from comfyfleet.settings.agent import AgentSettings, agent_settings
 from comfyfleet.settings.worker import WorkerSettings
 from comfyfleet.wire.generation import GenerateInput, GenerateResult, OutputEntry
 from comfyfleet.wire.workflow import Graph
+from comfyfleet.worker.agent.agent import Agent, AgentFolders
+from comfyfleet.worker.agent.gpu import gpu_name
 from comfyfleet.worker.api.app import FilesMount, build
+from comfyfleet.worker.api.generate import GenerateRoutes
 from comfyfleet.worker.api.metrics import WorkerMetrics
 from comfyfleet.worker.engines.client import EngineClient
 from comfyfleet.worker.engines.layout import EnginePlan, plan_engines
@@ -139,8 +143,32 @@ async def serve(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cloc
         )
         server = uvicorn.Server(config)
         log.info("worker.listening", host=settings.wrapper.host, port=listener.getsockname()[1])
-        # In a fleet the agent joins here: `agent.run(worker, …)` in a task group around the listener.
-        await server.serve(sockets=[listener])
+        fleet = agent_settings(env)
+        async with anyio.create_task_group() as members:
+            if fleet is not None:
+                members.start_soon(_agent(fleet, settings, worker, clock, ids).run, name="agent")
+            await server.serve(sockets=[listener])
+            members.cancel_scope.cancel()
+
+
+def _agent(fleet: AgentSettings, settings: WorkerSettings, worker: Worker, clock: Clock, ids: Ids) -> Agent:
+    wrapper = settings.wrapper
+    return Agent(
+        fleet,
+        service=worker.service,
+        routes=GenerateRoutes(
+            worker.service,
+            clock,
+            max_body_bytes=wrapper.max_body_bytes,
+            include_response=wrapper.include_comfyui_response,
+        ),
+        fetcher=worker.kit.fetcher,
+        folders=AgentFolders(worker_dir=settings.folders.worker_dir, output_dir=settings.folders.output_dir),
+        gpu_name=gpu_name(),
+        max_body_bytes=wrapper.max_body_bytes,
+        clock=clock,
+        ids=ids,
+    )
 
 
 def _slot(plan: EnginePlan, session: aiohttp.ClientSession, clock: Clock, ids: Ids) -> EngineSlot:

@@ -55,6 +55,7 @@ class Kit:
     destinations: Destinations
     signer: UrlSigner
     local: LocalStorage
+    fetcher: GuardedFetcher
 
     def check(self, request: GenerateInput) -> None:
         """Refuse what can never work, before the job is accepted. Raises a FleetError naming the field."""
@@ -107,6 +108,7 @@ async def open_kit(
                 destinations=destinations,
                 signer=signer,
                 local=local,
+                fetcher=fetcher,
             )
             loops.cancel_scope.cancel()
     finally:
