@@ -1,3 +1,5 @@
-"""This distribution's version; a module of its own, so that a role can say it without importing the client."""
+"""The version, where every role can read it without touching the package's front door."""
+
+from __future__ import annotations
 
 __version__ = "0.1.0"

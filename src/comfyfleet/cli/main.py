@@ -10,8 +10,8 @@ from importlib import import_module
 
 import click
 
-from comfyfleet import __version__
 from comfyfleet.cli.lifeline import hold_lifeline
+from comfyfleet.version import __version__
 from comfyfleet.wire.errors import FleetError
 
 # name -> (module, one line of help). The module has a click command named `command`.

@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from comfyfleet import __version__
+from comfyfleet.version import __version__
 from comfyfleet.wire.errors import FleetError, all_errors
 
 USER_AGENT = f"comfyfleet/{__version__}"

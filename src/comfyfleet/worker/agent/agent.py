@@ -16,12 +16,12 @@ import anyio.abc
 import msgspec
 import structlog
 
-from comfyfleet import __version__
 from comfyfleet.clock import Clock
 from comfyfleet.fetching.fetcher import GuardedFetcher
 from comfyfleet.ids import Ids
 from comfyfleet.provision.template import find_template
 from comfyfleet.settings.agent import AgentSettings
+from comfyfleet.version import __version__
 from comfyfleet.wire.errors import FleetError
 from comfyfleet.wire.generation import GenerateInput
 from comfyfleet.wire.workers import WorkerStatusReport
