@@ -215,4 +215,4 @@ def _vocoder(weights: Weights) -> None:
         for number in range(3):
             head.normed_kernel(f"resblocks.{step}.convs1.{number}", width, width, SOUND_KERNEL, gain=1.0)
             head.normed_kernel(f"resblocks.{step}.convs2.{number}", width, width, SOUND_KERNEL, gain=1.0)
-    head.normed_kernel("conv_post", 1, width, 13, gain=0.4)
+    head.normed_kernel("conv_post", 1, width, 13, gain=0.3)
