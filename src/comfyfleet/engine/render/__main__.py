@@ -35,6 +35,7 @@ import torch  # noqa: E402
 
 from comfyfleet.clock import SystemClock  # noqa: E402
 from comfyfleet.engine.executor import Executor, Job  # noqa: E402
+from comfyfleet.engine.miniatures import ensure as ensure_miniatures  # noqa: E402
 from comfyfleet.engine.render.machine import devices, make_executor  # noqa: E402
 from comfyfleet.ids import SystemIds  # noqa: E402
 
@@ -103,6 +104,7 @@ def main() -> None:
     os.dup2(2, 1)
     channel = Channel(sys.stdin.buffer, protocol_out)
     threading.Thread(target=channel.read_commands, name="commands", daemon=True).start()
+    ensure_miniatures(settings.miniatures_dir)
     clock = SystemClock()
     executor = make_executor(settings, settings.folders(clock, SystemIds()), clock)
     serve(channel, executor, settings.device)
