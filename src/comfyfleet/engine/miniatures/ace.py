@@ -12,10 +12,10 @@ import math
 import string
 
 import torch
-from torch import Tensor
 
 from comfyfleet.engine.miniatures.pieces import ROWS as TEXT_ROWS
 from comfyfleet.engine.miniatures.pieces import sentencepiece_model
+from comfyfleet.engine.miniatures.weights import Tensors, Weights
 from comfyfleet.engine.models.ace import OWN_VOCABULARY
 from comfyfleet.engine.models.ace_lyrics.tokenizer import LANGUAGES, LINE_END_ID, START_ID, TAGS
 
@@ -28,54 +28,17 @@ LEVELS = (8, 8, 16, 32)  # of the autoencoder, finest first
 LATENTS, CHANNELS, MELS = 8, 2, 128
 BACKBONE, SOUND, RATES, SOUND_KERNEL = 16, 16, (8, 8, 8), 3
 
-Tensors = dict[str, Tensor]
-
-
-class Weights:
-    """Collects named random tensors; `under` is the same collection behind a longer prefix."""
-
-    def __init__(self, generator: torch.Generator, tensors: Tensors, prefix: str = "") -> None:
-        self._generator, self.tensors, self._prefix = generator, tensors, prefix
-
-    def under(self, prefix: str) -> Weights:
-        return Weights(self._generator, self.tensors, self._prefix + prefix)
-
-    def kernel(self, name: str, *shape: int, gain: float = 1.0, bias: bool = True) -> None:
-        """A weight (outputs, inputs, …) that keeps the deviation of its input, times `gain`; a bias of zeros."""
-        scale = gain / math.sqrt(math.prod(shape[1:]))
-        self.tensors[f"{self._prefix}{name}.weight"] = torch.randn(shape, generator=self._generator) * scale
-        if bias:
-            self.tensors[f"{self._prefix}{name}.bias"] = torch.zeros(shape[0])
-
-    def norm(self, name: str, width: int, *, bias: bool = True) -> None:
-        self.tensors[f"{self._prefix}{name}.weight"] = torch.ones(width)
-        if bias:
-            self.tensors[f"{self._prefix}{name}.bias"] = torch.zeros(width)
-
-    def random(self, name: str, *shape: int, scale: float = 1.0) -> None:
-        self.tensors[self._prefix + name] = torch.randn(shape, generator=self._generator) * scale
-
-    def full(self, name: str, value: float, *shape: int) -> None:
-        self.tensors[self._prefix + name] = torch.full(shape, value)
-
-    def normed_kernel(self, name: str, *shape: int, gain: float, biases: int | None = None) -> None:
-        """Weight normalisation's pair: a direction and, per row, the magnitude that keeps deviations, times `gain`."""
-        self.random(f"{name}.parametrizations.weight.original1", *shape)
-        self.full(f"{name}.parametrizations.weight.original0", gain, shape[0], 1, 1)
-        self.full(f"{name}.bias", 0.0, shape[0] if biases is None else biases)
-
 
 def tensors(seed: int) -> tuple[Tensors, dict[str, str]]:
     """The file's tensors (float32) and metadata, the same for the same seed."""
-    made: Tensors = {}
-    weights = Weights(torch.Generator().manual_seed(seed), made)
+    weights = Weights(seed)
     _transformer(weights.under("model.diffusion_model."), rows=1 + max(lyric_ids().values()))
     _text_encoder(weights.under("text_encoders.umt5base.transformer."))
     _autoencoder(weights.under("vae.dcae."))
     _vocoder(weights.under("vae.vocoder."))
-    made["text_encoders.spiece_model"] = sentencepiece_model()
-    made[OWN_VOCABULARY] = torch.frombuffer(bytearray(lyric_vocabulary().encode()), dtype=torch.uint8)
-    return made, {"miniature": "true"}
+    weights.put("text_encoders.spiece_model", sentencepiece_model())
+    weights.put(OWN_VOCABULARY, torch.frombuffer(bytearray(lyric_vocabulary().encode()), dtype=torch.uint8))
+    return weights.tensors, {"miniature": "true"}
 
 
 def lyric_ids() -> dict[str, int]:
@@ -110,18 +73,18 @@ def _transformer(weights: Weights, *, rows: int) -> None:
     weights.kernel("t_block.1", 6 * WIDTH, WIDTH, gain=0.3)
     weights.kernel("speaker_embedder", WIDTH, SPEAKER_WIDTH)
     weights.kernel("genre_embedder", WIDTH, TEXT_WIDTH)
-    weights.random("lyric_embs.weight", rows, LYRIC_WIDTH)
+    weights.put("lyric_embs.weight", weights.normal(rows, LYRIC_WIDTH))
     weights.kernel("lyric_proj", WIDTH, LYRIC_WIDTH)
     _lyric_encoder(weights.under("lyric_encoder."))
     block = weights.under("transformer_blocks.0.")
-    block.random("scale_shift_table", 6, WIDTH, scale=0.3)
+    block.put("scale_shift_table", weights.normal(6, WIDTH) * 0.3)
     for attention in ("attn", "cross_attn"):
         for part in ("to_q", "to_k", "to_v", "to_out.0"):
             block.kernel(f"{attention}.{part}", WIDTH, WIDTH)
     block.kernel("ff.inverted_conv.conv", 2 * HIDDEN, WIDTH, 1)
     block.kernel("ff.depth_conv.conv", 2 * HIDDEN, 1, 3)
     block.kernel("ff.point_conv.conv", WIDTH, HIDDEN, 1, bias=False)
-    weights.random("final_layer.scale_shift_table", 2, WIDTH, scale=0.3)
+    weights.put("final_layer.scale_shift_table", weights.normal(2, WIDTH) * 0.3)
     weights.kernel("final_layer.linear", 16 * LATENTS, WIDTH)
 
 
@@ -133,8 +96,8 @@ def _lyric_encoder(weights: Weights) -> None:
     for part in ("q", "k", "v", "out"):
         layer.kernel(f"self_attn.linear_{part}", LYRIC_WIDTH, LYRIC_WIDTH)
     layer.kernel("self_attn.linear_pos", LYRIC_WIDTH, LYRIC_WIDTH, bias=False)
-    layer.random("self_attn.pos_bias_u", LYRIC_HEADS, LYRIC_WIDTH // LYRIC_HEADS)
-    layer.random("self_attn.pos_bias_v", LYRIC_HEADS, LYRIC_WIDTH // LYRIC_HEADS)
+    layer.put("self_attn.pos_bias_u", weights.normal(LYRIC_HEADS, LYRIC_WIDTH // LYRIC_HEADS))
+    layer.put("self_attn.pos_bias_v", weights.normal(LYRIC_HEADS, LYRIC_WIDTH // LYRIC_HEADS))
     layer.kernel("feed_forward.w_1", LYRIC_HIDDEN, LYRIC_WIDTH)
     layer.kernel("feed_forward.w_2", LYRIC_WIDTH, LYRIC_HIDDEN)
     layer.norm("norm_mha", LYRIC_WIDTH)
@@ -142,13 +105,13 @@ def _lyric_encoder(weights: Weights) -> None:
 
 
 def _text_encoder(weights: Weights) -> None:
-    weights.random("shared.weight", TEXT_ROWS, TEXT_WIDTH)
+    weights.put("shared.weight", weights.normal(TEXT_ROWS, TEXT_WIDTH))
     weights.norm("encoder.final_layer_norm", TEXT_WIDTH, bias=False)
     attention = weights.under("encoder.block.0.layer.0.")
     for part in ("q", "k", "v"):
         attention.kernel(f"SelfAttention.{part}", TEXT_INNER, TEXT_WIDTH, gain=0.5, bias=False)
     attention.kernel("SelfAttention.o", TEXT_WIDTH, TEXT_INNER, bias=False)
-    attention.random("SelfAttention.relative_attention_bias.weight", 32, TEXT_HEADS)
+    attention.put("SelfAttention.relative_attention_bias.weight", weights.normal(32, TEXT_HEADS))
     attention.norm("layer_norm", TEXT_WIDTH, bias=False)
     forward = weights.under("encoder.block.0.layer.1.")
     forward.kernel("DenseReluDense.wi_0", TEXT_HIDDEN, TEXT_WIDTH, bias=False)
@@ -204,15 +167,22 @@ def _vocoder(weights: Weights) -> None:
     block.norm("norm", BACKBONE)
     block.kernel("pwconv1", 4 * BACKBONE, BACKBONE)
     block.kernel("pwconv2", BACKBONE, 4 * BACKBONE)
-    block.full("gamma", 0.5, BACKBONE)
+    block.put("gamma", torch.full((BACKBONE,), 0.5))
     backbone.norm("norm", BACKBONE)
-    head.normed_kernel("conv_pre", SOUND, BACKBONE, 13, gain=1.0)
+    normed_kernel(head, "conv_pre", SOUND, BACKBONE, 13, gain=1.0)
     width = SOUND
     for step, rate in enumerate(RATES):
         # Rows of a transposed convolution are its inputs: each output sums two taps of every one of them.
-        head.normed_kernel(f"ups.{step}", width, width // 2, 2 * rate, gain=math.sqrt(rate), biases=width // 2)
+        normed_kernel(head, f"ups.{step}", width, width // 2, 2 * rate, gain=math.sqrt(rate), biases=width // 2)
         width //= 2
         for number in range(3):
-            head.normed_kernel(f"resblocks.{step}.convs1.{number}", width, width, SOUND_KERNEL, gain=1.0)
-            head.normed_kernel(f"resblocks.{step}.convs2.{number}", width, width, SOUND_KERNEL, gain=1.0)
-    head.normed_kernel("conv_post", 1, width, 13, gain=0.3)
+            normed_kernel(head, f"resblocks.{step}.convs1.{number}", width, width, SOUND_KERNEL, gain=1.0)
+            normed_kernel(head, f"resblocks.{step}.convs2.{number}", width, width, SOUND_KERNEL, gain=1.0)
+    normed_kernel(head, "conv_post", 1, width, 13, gain=0.3)
+
+
+def normed_kernel(weights: Weights, name: str, *shape: int, gain: float, biases: int | None = None) -> None:
+    """Weight normalisation's pair: a direction and, per row, the magnitude that keeps deviations, times `gain`."""
+    weights.put(f"{name}.parametrizations.weight.original1", weights.normal(*shape))
+    weights.put(f"{name}.parametrizations.weight.original0", torch.full((shape[0], 1, 1), gain))
+    weights.put(f"{name}.bias", torch.zeros(shape[0] if biases is None else biases))

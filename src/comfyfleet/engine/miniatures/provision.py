@@ -32,6 +32,7 @@ FILES: dict[str, Recipe] = {
     "diffusion_models/wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors": Recipe("wan", "tensors", SEED + 1),
     "loras/wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors": Recipe("wan", "lora", SEED + 2),
     "loras/wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise.safetensors": Recipe("wan", "lora", SEED + 3),
+    "checkpoints/ace_step_v1_3.5b.safetensors": Recipe("ace", "tensors"),
     "checkpoints/v1-5-pruned-emaonly-fp16.safetensors": Recipe("sd15", "tensors"),
     "checkpoints/v1-5-pruned-emaonly.safetensors": Recipe("sd15", "tensors"),
 }
