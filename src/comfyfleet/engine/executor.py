@@ -28,6 +28,7 @@ from comfyfleet.engine.registry import (
     Shown,
 )
 from comfyfleet.engine.signature import signatures
+from comfyfleet.engine.values import DiffusionModel
 from comfyfleet.wire.workflow import is_link
 
 MODEL_KINDS = {"MODEL", "CLIP", "VAE"}
@@ -197,7 +198,7 @@ class _Run:
         for name, declared in declaration.inputs.items():
             if declared.kind in MODEL_KINDS and declared.kind not in declaration.outputs and name in inputs:
                 model = inputs[name]
-                self._owner.residency.use(getattr(model, "network", model))
+                self._owner.residency.use(model.network if isinstance(model, DiffusionModel) else model)
 
     def _failure(self, node_id: str, class_type: str, inputs: Mapping[str, Any], error: Exception) -> events.RunFailed:
         kind, message = describe_error(error)
