@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
-import anyio.abc
 import structlog
 import uvicorn
 from fastapi import FastAPI
@@ -27,8 +26,10 @@ from comfyfleet.clock import Clock, SystemClock
 from comfyfleet.control.account import Account, WorkerEnvironment, built_in_templates
 from comfyfleet.control.api import account, endpoints, insight, templates, workergroups
 from comfyfleet.control.api.calling import ERROR_HANDLERS, Caller
+from comfyfleet.control.api.jobs import JobApi
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.certificates import CertificateAuthority
+from comfyfleet.control.durable import DurablePlane, outreach
 from comfyfleet.control.fleet.local import LocalFleet, LocalSettings
 from comfyfleet.control.keys import ADMIN_PREFIX, Keyring, Vault, secret_file
 from comfyfleet.control.logbook import Logbook
@@ -38,6 +39,7 @@ from comfyfleet.control.plane import RoutingPlane
 from comfyfleet.control.records import AccountVariable, ApiKey, Endpoint, Template, Workergroup
 from comfyfleet.control.store.store import SqlStore, open_postgres, open_sqlite
 from comfyfleet.ids import Ids, SystemIds
+from comfyfleet.sealing import load_or_create_key
 from comfyfleet.settings.control import ControlSettings
 from comfyfleet.signing import UrlSigner
 from comfyfleet.storage.serve import files_app
@@ -64,20 +66,24 @@ class Control:
     metrics: Metrics
     authority: CertificateAuthority
     routing: RoutingPlane
+    durable: DurablePlane
     files: Starlette
     admin_key: str
     admin_key_is_new: bool
 
 
-async def open_control(settings: ControlSettings, *, clock: Clock | None = None, ids: Ids | None = None) -> Control:
-    """Read keys and records (made at first start) and build every part. Nothing runs yet."""
+@contextlib.asynccontextmanager
+async def open_control(
+    settings: ControlSettings, *, clock: Clock | None = None, ids: Ids | None = None
+) -> AsyncIterator[Control]:
+    """Read keys and records (made at first start) and build every part; nothing runs yet. Closes them at the end."""
     clock = clock or SystemClock()
     ids = ids or SystemIds()
     folder = settings.data_dir
     folder.mkdir(parents=True, exist_ok=True)
     admin_key, is_new = secret_file(folder / "admin.key", ids.token(ADMIN_PREFIX).encode())
     master, _ = secret_file(folder / "master.key", secrets.token_hex(32).encode())
-    files_key, _ = secret_file(folder / "files.key", secrets.token_hex(16).encode(), ending=b"")
+    files_key = load_or_create_key(folder / "files.key")
     store = _open_store(settings)
     catalog = Catalog(
         await store.all(Endpoint), await store.all(Workergroup), [*built_in_templates(), *await store.all(Template)]
@@ -98,23 +104,47 @@ async def open_control(settings: ControlSettings, *, clock: Clock | None = None,
     )
     await routing.load()
     logbook = Logbook(store, clock)
-    return Control(
-        settings=settings,
-        clock=clock,
-        ids=ids,
-        store=store,
-        catalog=catalog,
-        keyring=keyring,
-        account=account,
-        logbook=logbook,
-        management=Management(store=store, catalog=catalog, logbook=logbook, clock=clock),
-        metrics=Metrics(catalog=catalog, workers=routing.workers, store=store),
-        authority=CertificateAuthority.open(folder, clock),
-        routing=routing,
-        files=files_app(folder / "output", UrlSigner(files_key, clock)),
-        admin_key=admin_key.decode(),
-        admin_key_is_new=is_new,
-    )
+    metrics = Metrics(catalog=catalog, workers=routing.workers, store=store)
+    async with outreach(settings, clock) as (session, fetcher):
+        durable = DurablePlane(
+            settings=settings,
+            store=store,
+            catalog=catalog,
+            keyring=keyring,
+            vault=account.vault,
+            webhook_key=load_or_create_key(folder / "webhooks.key"),
+            routing=routing,
+            metrics=metrics,
+            session=session,
+            fetcher=fetcher,
+            clock=clock,
+            ids=ids,
+        )
+        control = Control(
+            settings=settings,
+            clock=clock,
+            ids=ids,
+            store=store,
+            catalog=catalog,
+            keyring=keyring,
+            account=account,
+            logbook=logbook,
+            management=Management(store=store, catalog=catalog, logbook=logbook, clock=clock),
+            metrics=metrics,
+            authority=CertificateAuthority.open(folder, clock),
+            routing=routing,
+            durable=durable,
+            files=files_app(folder / "output", UrlSigner(files_key, clock)),
+            admin_key=admin_key.decode(),
+            admin_key_is_new=is_new,
+        )
+        try:
+            yield control
+        finally:
+            with anyio.CancelScope(shield=True):  # what was said must be saved, whatever ended us
+                await routing.close(keep_workers=False)
+                await logbook.flush()
+                await store.close()
 
 
 def _provider(settings: ControlSettings, clock: Clock) -> LocalFleet | None:
@@ -169,26 +199,28 @@ def build(control: Control) -> Starlette:
             caller=caller,
         )
     )
+    jobs = JobApi(
+        plane=control.durable,
+        store=control.store,
+        catalog=control.catalog,
+        desk=control.routing.desk,
+        metrics=control.metrics,
+        caller=caller,
+        base_url=control.settings.public_url,
+    )
+    api.include_router(jobs.router())
     return Starlette(
-        routes=[*control.routing.routes(), Mount("/files", app=control.files), Mount("/", app=api)],
+        routes=[*control.routing.routes(), *jobs.hot_routes(), Mount("/files", app=control.files), Mount("/", app=api)],
         exception_handlers=ERROR_HANDLERS,
     )
 
 
-@contextlib.asynccontextmanager
-async def loops(control: Control) -> AsyncIterator[anyio.abc.TaskGroup]:
-    """Every loop, in one task group; on leaving they end and what is unsaved is saved."""
-    try:
-        async with anyio.create_task_group() as group:
-            group.start_soon(control.logbook.run, name="logbook")
-            group.start_soon(control.routing.run, name="routing")
-            yield group
-            group.cancel_scope.cancel()
-    finally:
-        with anyio.CancelScope(shield=True):  # what was said must be saved, whatever ended us
-            await control.routing.close(keep_workers=False)
-            await control.logbook.flush()
-            await control.store.close()
+async def run_loops(control: Control) -> None:
+    """Every loop, in one task group, until cancelled."""
+    async with anyio.create_task_group() as group:
+        group.start_soon(control.logbook.run, name="logbook")
+        group.start_soon(control.routing.run, name="routing")
+        group.start_soon(control.durable.run, name="durable jobs")
 
 
 class _Server(uvicorn.Server):
@@ -211,34 +243,36 @@ def listen(settings: ControlSettings) -> socket.socket:
     return listener
 
 
-async def serve(settings: ControlSettings, listener: socket.socket) -> Control:
+async def serve(settings: ControlSettings, listener: socket.socket) -> None:
     """Run until SIGTERM or SIGINT; returns when everything is saved."""
-    control = await open_control(settings)
-    if control.admin_key_is_new:
-        log.info("admin_key.made", path=str(settings.data_dir / "admin.key"))
-        if sys.stdout.isatty():  # once, and never into a file or a pipe
-            sys.stdout.write(f"admin key (made now, kept in {settings.data_dir / 'admin.key'}):\n{control.admin_key}\n")
-    server = _Server(
-        uvicorn.Config(
-            build(control),
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,  # its lines would carry ?api_key=
-            server_header=False,
-            timeout_graceful_shutdown=GRACEFUL_STOP_S,
-            timeout_keep_alive=75,
-            ssl_certfile=settings.tls_cert,
-            ssl_keyfile=settings.tls_key,
+    async with open_control(settings) as control:
+        if control.admin_key_is_new:
+            log.info("admin_key.made", path=str(settings.data_dir / "admin.key"))
+            if sys.stdout.isatty():  # once, and never into a file or a pipe
+                path = settings.data_dir / "admin.key"
+                sys.stdout.write(f"admin key (made now, kept in {path}):\n{control.admin_key}\n")
+        server = _Server(
+            uvicorn.Config(
+                build(control),
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,  # its lines would carry ?api_key=
+                server_header=False,
+                timeout_graceful_shutdown=GRACEFUL_STOP_S,
+                timeout_keep_alive=75,
+                ssl_certfile=settings.tls_cert,
+                ssl_keyfile=settings.tls_key,
+            )
         )
-    )
-    async with loops(control) as group:
-        group.start_soon(_stop_on_signal, server, name="signals")
-        log.info("control.serving", url=settings.base_url, version=__version__)
-        await server.serve(sockets=[listener])
+        async with anyio.create_task_group() as group:
+            group.start_soon(_stop_on_signal, server, name="signals")
+            group.start_soon(run_loops, control, name="loops")
+            log.info("control.serving", url=settings.base_url, version=__version__)
+            await server.serve(sockets=[listener])
+            group.cancel_scope.cancel()
     log.info("control.stopped")
-    return control
 
 
 async def _stop_on_signal(server: uvicorn.Server) -> None:

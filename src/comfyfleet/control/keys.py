@@ -14,14 +14,12 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
 from comfyfleet.clock import Clock
 from comfyfleet.control.auth import ADMIN, JOBS, READ, ROUTE, Principal
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.records import ApiKey, Endpoint
 from comfyfleet.ids import Ids
+from comfyfleet.sealing import Sealer
 from comfyfleet.wire.errors import Unauthorized
 
 ADMIN_PREFIX = "cfa_"
@@ -34,8 +32,8 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def secret_file(path: Path, make: bytes, *, ending: bytes = b"\n") -> tuple[bytes, bool]:
-    """The secret in `path`, or `make` (and `ending`) written there with mode 0600; True when it was made now.
+def secret_file(path: Path, make: bytes) -> tuple[bytes, bool]:
+    """The secret in `path`, or `make` written there with mode 0600; True when it was made now.
 
     Two processes that start at once agree on one secret: the file appears whole, by a link, or not at all.
     """
@@ -46,7 +44,7 @@ def secret_file(path: Path, make: bytes, *, ending: bytes = b"\n") -> tuple[byte
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(make + ending)
+            file.write(make + b"\n")
             file.flush()
             os.fsync(file.fileno())
         try:
@@ -59,22 +57,17 @@ def secret_file(path: Path, make: bytes, *, ending: bytes = b"\n") -> tuple[byte
 
 
 class Vault:
-    """Encrypts text at rest (AES-256-GCM). `purpose` is bound in, so a sealed value cannot be moved elsewhere."""
+    """Text sealed at rest under the master secret; each purpose has a key of its own, so nothing can be moved."""
 
     def __init__(self, master: bytes) -> None:
-        self._cipher = AESGCM(hmac.new(master, b"comfyfleet at rest", hashlib.sha256).digest())
+        self._master = master
 
     def seal(self, text: str, purpose: str) -> str:
-        nonce = os.urandom(12)
-        return base64.b64encode(nonce + self._cipher.encrypt(nonce, text.encode(), purpose.encode())).decode()
+        return base64.b64encode(Sealer(self._master, purpose).seal(text.encode())).decode()
 
     def open(self, sealed: str, purpose: str) -> str:
-        """Raises ValueError for a value sealed with another master secret or for another purpose."""
-        raw = base64.b64decode(sealed)
-        try:
-            return self._cipher.decrypt(raw[:12], raw[12:], purpose.encode()).decode()
-        except InvalidTag as error:
-            raise ValueError("sealed with another master secret or for another purpose") from error
+        """Raises CannotOpen for a value sealed with another master secret or for another purpose."""
+        return Sealer(self._master, purpose).open(base64.b64decode(sealed)).decode()
 
 
 class Keyring:
@@ -87,7 +80,10 @@ class Keyring:
         self._master = master
         self._catalog = catalog
         self._clock = clock
-        self._by_digest: dict[str, ApiKey] = {key.digest: key for key in keys}
+        self._by_digest: dict[str, ApiKey] = {}
+        self._by_scope: dict[str, ApiKey] = {}
+        for key in keys:
+            self.put(key)
         self._admin = Principal(scope="admin", scopes=frozenset({ADMIN}))
 
     def principal(self, key: str) -> Principal:
@@ -117,11 +113,18 @@ class Keyring:
         code = base64.urlsafe_b64encode(hmac.new(self._master, message, hashlib.sha256).digest()).decode().rstrip("=")
         return f"{ENDPOINT_PREFIX}{endpoint.id}_{code}"
 
+    def weight(self, scope: str) -> float:
+        """A scope's part in fair sharing; 1 for keys that set none."""
+        key = self._by_scope.get(scope)
+        return 1.0 if key is None else key.limits.weight
+
     def put(self, key: ApiKey) -> None:
         self._by_digest[key.digest] = key
+        self._by_scope[f"key:{key.id}"] = key
 
     def drop(self, key_id: str) -> None:
         self._by_digest = {key.digest: key for key in self._by_digest.values() if key.id != key_id}
+        self._by_scope.pop(f"key:{key_id}", None)
 
     def made_keys(self) -> list[ApiKey]:
         return sorted(self._by_digest.values(), key=lambda key: key.created_at)

@@ -32,6 +32,7 @@ class ControlSettings:
     price_gpu_hour: float = 0.0
     price_storage_hour: float = 0.0
     retention_days: float = 7.0
+    lost_after_s: float = 20.0  # how long a job's worker may be out of reach before another gets the job
     log_level: str = "info"
     inherited: Mapping[str, str] = field(default_factory=dict, repr=False)
 
@@ -56,6 +57,7 @@ def control_settings(env: Mapping[str, str], **given: object) -> ControlSettings
         ("price_gpu_hour", "COMFYFLEET_PRICE_GPU_HOUR"),
         ("price_storage_hour", "COMFYFLEET_PRICE_STORAGE_HOUR"),
         ("retention_days", "COMFYFLEET_RETENTION_DAYS"),
+        ("lost_after_s", "COMFYFLEET_LOST_AFTER_S"),
     ):
         if text := env.get(variable):
             values.setdefault(name, float(text))

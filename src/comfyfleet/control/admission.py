@@ -1,0 +1,195 @@
+"""Which durable jobs are accepted, and what is stored of them. Checked whole before anything is stored.
+
+A repeat under the same key (`Idempotency-Key`, else `input.request_id`, within the caller's scope) is the first job
+again; another body under that key is refused. Secrets in a request (S3, webhook) are sealed apart from it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from comfyfleet.clock import Clock
+from comfyfleet.control.auth import JOBS, Principal
+from comfyfleet.control.catalog import Catalog
+from comfyfleet.control.jobs import MAX_PRIORITY, Job, content_digest, rank
+from comfyfleet.control.keys import Vault
+from comfyfleet.control.learned_cost import LearnedCost
+from comfyfleet.control.limits import Limits
+from comfyfleet.control.records import Endpoint
+from comfyfleet.control.store.base import Added, Store
+from comfyfleet.fetching.fetcher import GuardedFetcher
+from comfyfleet.ids import Ids
+from comfyfleet.wire.errors import BadRequest, IdempotencyMismatch, InvalidArguments, NotFound, WorkflowRefused
+from comfyfleet.wire.generation import REQUEST_ID, S3Target, WebhookTarget
+from comfyfleet.wire.jobs import JobStatus
+from comfyfleet.wire.shapes import models_of, shape_of
+from comfyfleet.wire.workflow import parse_graph, unfit_value
+
+MAX_BATCH = 1000
+MAX_METADATA_BYTES = 16_384
+MAX_DEADLINE_S = 30 * 86_400.0
+_KEY = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,254}")
+SEALED = "job secrets"
+
+
+class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /v1/jobs. endpoint: name or id. cost: load units. priority: -100 to 100, higher first.
+
+    deadline_s: seconds from now until the job is worthless. metadata: the caller's own, returned with the job.
+    """
+
+    endpoint: str | int
+    input: dict[str, Any]
+    cost: float = 100.0
+    priority: int = 0
+    deadline_s: float | None = None
+    webhook: WebhookTarget | None = None
+    metadata: dict[str, Any] = {}
+    idempotency_key: str = ""
+
+
+class JobSecrets(msgspec.Struct, frozen=True, kw_only=True):
+    """What is sealed of a request."""
+
+    s3: dict[str, Any] = {}
+    webhook: WebhookTarget = WebhookTarget()
+
+
+class Admission:
+    """Accepts jobs."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        catalog: Catalog,
+        learned: LearnedCost,
+        limits: Limits,
+        vault: Vault,
+        fetcher: GuardedFetcher,
+        clock: Clock,
+        ids: Ids,
+    ) -> None:
+        self._store = store
+        self._catalog = catalog
+        self._learned = learned
+        self._limits = limits
+        self._vault = vault
+        self._fetcher = fetcher
+        self._clock = clock
+        self._ids = ids
+
+    async def submit(self, principal: Principal, requests: Sequence[JobRequest], waiting: int) -> list[Added]:
+        """Store them all, or none. waiting: jobs of this scope that wait already.
+
+        Raises InvalidArguments, WorkflowRefused, IdempotencyMismatch, NotFound, TooManyRequests.
+        """
+        principal.demand(JOBS)
+        if not 0 < len(requests) <= MAX_BATCH:
+            raise InvalidArguments(f"a batch has 1 to {MAX_BATCH} jobs", field="jobs")
+        now = self._clock.now()
+        self._limits.admit(principal, len(requests), now)
+        self._limits.admit_waiting(principal, waiting, len(requests))
+        self._limits.admit_seconds(principal, now)
+        jobs = [self._job(principal, request, now) for request in requests]
+        added = await self._store.add_jobs(jobs)
+        for job, outcome in zip(jobs, added, strict=True):
+            if outcome.is_repeat and outcome.job.digest != job.digest:
+                raise IdempotencyMismatch("this idempotency key was used before with another body", id=outcome.job.id)
+        return added
+
+    def _job(self, principal: Principal, request: JobRequest, now: float) -> Job:
+        endpoint = self._endpoint(principal, request.endpoint)
+        _check(request)
+        given = {name: value for name, value in request.input.items() if value not in (None, "")}
+        s3, webhook = _taken_out(given, request.webhook)
+        if webhook.url:
+            self._fetcher.check_url(webhook.url)
+        shape, models = _checked_work(given)
+        key = request.idempotency_key or str(given.get("request_id", ""))
+        secrets = JobSecrets(s3=s3, webhook=webhook)
+        sealed = ""
+        if s3 or webhook.url:
+            sealed = self._vault.seal(msgspec.json.encode(secrets).decode(), SEALED)
+        learned = self._learned.cost(endpoint.id, shape) if shape else None
+        return Job(
+            id=self._ids.request_id(),
+            endpoint_id=endpoint.id,
+            scope=principal.scope,
+            status=JobStatus.QUEUED,
+            priority=request.priority,
+            cost=request.cost if learned is None else learned,
+            rank=rank(now, request.priority),
+            created_at=now,
+            not_before=0.0,
+            input=msgspec.json.encode(given).decode(),
+            digest=content_digest([endpoint.id, given, s3, msgspec.structs.asdict(webhook), request.metadata]),
+            deadline_at=None if request.deadline_s is None else now + request.deadline_s,
+            idempotency_key=key or None,
+            shape=shape,
+            models=msgspec.json.encode(models).decode(),
+            sealed=sealed,
+            metadata=msgspec.json.encode(request.metadata).decode(),
+            webhook="sealed" if webhook.url else "",
+        )
+
+    def _endpoint(self, principal: Principal, wanted: str | int) -> Endpoint:
+        endpoint = (
+            self._catalog.endpoint(wanted)
+            if isinstance(wanted, int)
+            else self._catalog.endpoint_named(wanted, principal.user_id)
+        )
+        if endpoint is None or endpoint.deleted_at is not None or not principal.may(JOBS, endpoint.id):
+            raise NotFound(f"there is no endpoint {wanted!r}", field="endpoint")
+        return endpoint
+
+
+def _check(request: JobRequest) -> None:
+    if not 0 < request.cost <= 1e9:
+        raise InvalidArguments("cost must be over 0", field="cost")
+    if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
+        raise InvalidArguments(f"priority must be from -{MAX_PRIORITY} to {MAX_PRIORITY}", field="priority")
+    if request.deadline_s is not None and not 0 < request.deadline_s <= MAX_DEADLINE_S:
+        raise InvalidArguments("deadline_s must be over 0 and at most 30 days", field="deadline_s")
+    if request.idempotency_key and not _KEY.fullmatch(request.idempotency_key):
+        raise InvalidArguments("an idempotency key has 1 to 255 printable characters", field="Idempotency-Key")
+    if len(msgspec.json.encode(request.metadata)) > MAX_METADATA_BYTES:
+        raise InvalidArguments(f"metadata is over {MAX_METADATA_BYTES} bytes", field="metadata")
+
+
+def _taken_out(given: dict[str, Any], webhook: WebhookTarget | None) -> tuple[dict[str, Any], WebhookTarget]:
+    """S3 block and webhook, removed from the input; the request's own webhook stands over the input's."""
+    try:
+        s3 = _without_blanks(given.pop("s3", {}))
+        msgspec.convert(s3, S3Target, strict=False)
+        inside = msgspec.convert(_without_blanks(given.pop("webhook", {})), WebhookTarget, strict=False)
+    except msgspec.ValidationError as error:
+        raise InvalidArguments(f"input: {error}", field="input") from error
+    return s3, webhook if webhook is not None and webhook.url else inside
+
+
+def _without_blanks(block: object) -> dict[str, Any]:
+    if not isinstance(block, dict):
+        raise InvalidArguments("s3 and webhook are objects", field="input")
+    return {name: value for name, value in block.items() if value not in (None, "")}
+
+
+def _checked_work(given: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """(shape, models) of what is to be run. Raises WorkflowRefused naming the node, or BadRequest."""
+    request_id = given.get("request_id", "")
+    if request_id and (not isinstance(request_id, str) or not REQUEST_ID.fullmatch(request_id)):
+        raise BadRequest("input.request_id must be a plain name", field="input.request_id")
+    has_graph, has_modifier = "workflow_json" in given, "modifier" in given
+    if has_graph == has_modifier:
+        raise WorkflowRefused("input needs workflow_json or modifier, one of them", field="input")
+    if has_modifier:
+        if reason := unfit_value(given.get("modifications", {})):
+            raise WorkflowRefused(f"input.modifications: {reason}", field="input.modifications")
+        return "", ()
+    graph = parse_graph(given["workflow_json"], field="input.workflow_json")
+    given["workflow_json"] = graph
+    return shape_of(graph), models_of(graph)

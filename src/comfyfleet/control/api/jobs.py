@@ -1,0 +1,266 @@
+"""`/v1/jobs`: submit (one or a batch), list, look, follow, cancel. A key sees its own jobs; an admin sees all.
+
+Events are server-sent and numbered per job; `Last-Event-ID` (or `?after=`) replays from any place, also after the
+control plane was restarted, for as long as the job is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import BaseRoute, Route
+
+from comfyfleet.control.admission import JobRequest
+from comfyfleet.control.api.calling import Caller, add
+from comfyfleet.control.auth import JOBS, Principal
+from comfyfleet.control.catalog import Catalog
+from comfyfleet.control.desk import Desk
+from comfyfleet.control.durable import DurablePlane
+from comfyfleet.control.jobs import Job, JobEvent, JobFilter
+from comfyfleet.control.metrics import Metrics
+from comfyfleet.control.store.base import Added, Store
+from comfyfleet.web import JsonResponse, control_error, sse_frame
+from comfyfleet.wire.errors import FleetError, InvalidArguments, NotFound
+from comfyfleet.wire.jobs import JOB_FINAL, JobStatus
+
+_PING_S = 15.0
+_FINAL_KINDS = frozenset(str(status) for status in JOB_FINAL)
+_MAX_LISTED = 500
+
+
+class BatchBody(msgspec.Struct, kw_only=True):
+    """POST /v1/jobs/batch: all are accepted, or none."""
+
+    jobs: list[JobRequest]
+
+
+class JobApi:
+    """Handlers over one durable plane. base_url: what the links in answers begin with, "" for the request's own."""
+
+    def __init__(
+        self,
+        *,
+        plane: DurablePlane,
+        store: Store,
+        catalog: Catalog,
+        desk: Desk,
+        metrics: Metrics,
+        caller: Caller,
+        base_url: str,
+    ) -> None:
+        self._plane = plane
+        self._store = store
+        self._catalog = catalog
+        self._desk = desk
+        self._metrics = metrics
+        self._caller = caller
+        self._base_url = base_url
+
+    def hot_routes(self) -> list[BaseRoute]:
+        """Submitting and looking, off FastAPI's machinery; `router` documents them."""
+        return [
+            Route("/v1/jobs", _rendered(self.submit), methods=["POST"]),
+            Route("/v1/jobs/{job_id:str}", _rendered(self.show), methods=["GET"]),
+        ]
+
+    def router(self) -> APIRouter:
+        routes = APIRouter(tags=["jobs"])
+        add(routes, ["POST"], ["/v1/jobs"], self.submit, summary="Submit a durable job", body=JobRequest)
+        add(routes, ["POST"], ["/v1/jobs/batch"], self.submit_batch, summary="Submit many, or none", body=BatchBody)
+        add(routes, ["GET"], ["/v1/jobs"], self.list_jobs, summary="This key's jobs, newest first")
+        add(routes, ["GET"], ["/v1/jobs/{job_id}"], self.show, summary="One job: status, reason to wait, result")
+        add(routes, ["GET"], ["/v1/jobs/{job_id}/events"], self.follow, summary="Its events, server-sent, with replay")
+        add(routes, ["POST"], ["/v1/jobs/{job_id}/cancel"], self.cancel, summary="Cancel it, waiting or running")
+        return routes
+
+    # --- submitting --------------------------------------------------------------------------------------------------
+
+    async def submit(self, request: Request) -> Response:
+        principal, body = await self._caller.call(request, JobRequest)
+        if key := request.headers.get("idempotency-key", ""):
+            body = msgspec.structs.replace(body, idempotency_key=key)
+        (added,) = await self._admit(principal, [body])
+        headers = {"Idempotent-Replayed": "true"} if added.is_repeat else {}
+        return JsonResponse(self._accepted(request, added), status_code=202, headers=headers)
+
+    async def submit_batch(self, request: Request) -> Response:
+        principal, body = await self._caller.call(request, BatchBody)
+        key = request.headers.get("idempotency-key", "")
+        jobs = [
+            msgspec.structs.replace(job, idempotency_key=f"{key}:{number}") if key and not job.idempotency_key else job
+            for number, job in enumerate(body.jobs)
+        ]
+        added = await self._admit(principal, jobs)
+        return JsonResponse({"jobs": [self._accepted(request, one) for one in added]}, status_code=202)
+
+    async def _admit(self, principal: Principal, bodies: list[JobRequest]) -> list[Added]:
+        waiting = self._plane.backlog.of_scope(principal.scope)
+        added = await self._plane.admission.submit(principal, bodies, waiting)
+        fresh = [one.job for one in added if not one.is_repeat]
+        self._plane.dispatcher.submitted(fresh)
+        for job in fresh:
+            self._metrics.jobs_submitted.labels(self._name(job.endpoint_id)).inc()
+        return added
+
+    def _accepted(self, request: Request, added: Added) -> dict[str, Any]:
+        return {"id": added.job.id, "status": str(added.job.status), **self._links(request, added.job.id)}
+
+    # --- looking -----------------------------------------------------------------------------------------------------
+
+    async def list_jobs(self, request: Request) -> Response:
+        principal = await self._caller.principal(request)
+        principal.demand(JOBS)
+        wanted = self._filter(request, principal)
+        jobs = await self._store.jobs(wanted)
+        after = f"{jobs[-1].created_at!r},{jobs[-1].id}" if len(jobs) == wanted.limit else None
+        return JsonResponse({"jobs": [self._view(request, job) for job in jobs], "next": after})
+
+    async def show(self, request: Request) -> Response:
+        job = await self._job(request)
+        view = self._view(request, job)
+        if job.status is JobStatus.QUEUED:
+            position = await self._store.position(job)
+            view["waiting"] = {"reason": self._desk.why(job.endpoint_id), "position": position, "scope": "your key"}
+            if job.not_before > job.created_at:
+                view["waiting"]["not_before"] = job.not_before
+        elif job.status is JobStatus.LEASED:
+            view["waiting"] = {"reason": f"worker {job.worker_id} is being given the job; next it runs there"}
+        return JsonResponse(view)
+
+    async def cancel(self, request: Request) -> Response:
+        job = await self._job(request)
+        after = await self._store.cancel(job.id, self._plane.now())
+        self._plane.cancelled(job.id)
+        return JsonResponse(self._view(request, after or job), status_code=200 if (after or job).is_final else 202)
+
+    # --- following ---------------------------------------------------------------------------------------------------
+
+    async def follow(self, request: Request) -> Response:
+        job = await self._job(request)
+        last = request.headers.get("last-event-id") or request.query_params.get("after") or "0"
+        if not last.isascii() or not last.isdigit():
+            raise InvalidArguments("Last-Event-ID is a number from an earlier event", field="Last-Event-ID")
+        return StreamingResponse(
+            self._frames(job, int(last)),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+
+    async def _frames(self, job: Job, after: int) -> AsyncIterator[bytes]:
+        while True:
+            news = self._plane.feed.watch(job.id)
+            events = await self._store.events(job.id, after)
+            for event in events:
+                after = event.seq
+                yield await self._frame(event)
+                if event.kind in _FINAL_KINDS:
+                    return
+            if not events:
+                current = await self._store.job(job.id)
+                if current is None or current.is_final:
+                    return
+                with anyio.move_on_after(_PING_S):
+                    await news.wait()
+                    continue
+                yield b": still here\n\n"
+
+    async def _frame(self, event: JobEvent) -> bytes:
+        body: dict[str, Any] = {"id": event.job_id, "event": event.kind, "at": event.at}
+        data = msgspec.json.decode(event.data)
+        if event.kind in _FINAL_KINDS:
+            job = await self._store.job(event.job_id)
+            if job is not None and job.result is not None:
+                body["result"] = msgspec.Raw(job.result.encode())
+            if data:
+                body["error"] = data
+        else:
+            body |= {"data": data}
+        return sse_frame(msgspec.json.encode(body), event=event.kind, event_id=str(event.seq))
+
+    # --- rendering ---------------------------------------------------------------------------------------------------
+
+    async def _job(self, request: Request) -> Job:
+        """The job in the path, if this caller may see it. Raises NotFound."""
+        principal = await self._caller.principal(request)
+        principal.demand(JOBS)
+        job = await self._store.job(request.path_params["job_id"])
+        if job is None or not (principal.sees_all or job.scope == principal.scope):
+            raise NotFound("there is no such job of this key")
+        return job
+
+    def _filter(self, request: Request, principal: Principal) -> JobFilter:
+        query = request.query_params
+        limit, status, before = query.get("limit", "50"), query.get("status"), query.get("before")
+        if not limit.isdigit() or not 1 <= int(limit) <= _MAX_LISTED:
+            raise InvalidArguments(f"limit must be from 1 to {_MAX_LISTED}", field="limit")
+        if status is not None and status not in set(JobStatus):
+            raise InvalidArguments(f"status is one of {', '.join(JobStatus)}", field="status")
+        endpoint_id = None
+        if name := query.get("endpoint"):
+            endpoint = self._catalog.endpoint_named(name, principal.user_id)
+            if endpoint is None:
+                raise NotFound(f"there is no endpoint {name!r}", field="endpoint")
+            endpoint_id = endpoint.id
+        return JobFilter(
+            scope=None if principal.sees_all else principal.scope,
+            endpoint_id=endpoint_id,
+            status=None if status is None else JobStatus(status),
+            before=_cursor(before) if before else None,
+            limit=int(limit),
+        )
+
+    def _view(self, request: Request, job: Job) -> dict[str, Any]:
+        return {
+            "id": job.id,
+            "endpoint": self._name(job.endpoint_id),
+            "status": str(job.status),
+            "priority": job.priority,
+            "cost": job.cost,
+            "created_at": job.created_at,
+            "started_at": job.started_at,
+            "finished_at": job.finished_at,
+            "deadline_at": job.deadline_at,
+            "attempts": job.attempts,
+            "worker_id": job.worker_id,
+            "lost_workers": sorted(job.lost_on),
+            "cancel_requested": bool(job.cancel_requested),
+            "metadata": msgspec.Raw(job.metadata.encode()),
+            "result": msgspec.Raw(job.result.encode()) if job.result else None,
+            "error": msgspec.Raw(job.error.encode()) if job.error else None,
+            **self._links(request, job.id),
+        }
+
+    def _links(self, request: Request, job_id: str) -> dict[str, str]:
+        base = f"{self._base_url or str(request.base_url).rstrip('/')}/v1/jobs/{job_id}"
+        return {"status_url": base, "events_url": f"{base}/events", "cancel_url": f"{base}/cancel"}
+
+    def _name(self, endpoint_id: int) -> str:
+        endpoint = self._catalog.endpoint(endpoint_id)
+        return endpoint.endpoint_name if endpoint is not None else str(endpoint_id)
+
+
+def _cursor(text: str) -> tuple[float, str]:
+    at, _, job_id = text.partition(",")
+    try:
+        return float(at), job_id
+    except ValueError as error:
+        raise InvalidArguments("before is the `next` of an earlier page", field="before") from error
+
+
+def _rendered(handler: Any) -> Any:
+    """Errors rendered here: cheaper than through the app's middleware."""
+
+    async def handle(request: Request) -> Response:
+        try:
+            response: Response = await handler(request)
+        except FleetError as error:
+            return control_error(error)
+        return response
+
+    return handle

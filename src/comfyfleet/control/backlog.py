@@ -1,0 +1,66 @@
+"""How much durable work waits, per endpoint and key, in memory: so that no loop asks the database for what it knows.
+
+Kept up as jobs come and go, and replaced by the store's own sums now and then, which mends any drift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from comfyfleet.control.jobs import Waiting
+
+
+@dataclass(kw_only=True)
+class Amount:
+    """Jobs, their load units, and when the oldest was accepted."""
+
+    jobs: int = 0
+    cost: float = 0.0
+    oldest_at: float = 0.0
+
+
+class Backlog:
+    """Amounts by endpoint and scope."""
+
+    def __init__(self) -> None:
+        self._amounts: dict[int, dict[str, Amount]] = {}
+
+    def replace(self, waiting: Iterable[Waiting]) -> None:
+        self._amounts = {}
+        for row in waiting:
+            amount = Amount(jobs=row.jobs, cost=row.cost, oldest_at=row.oldest_at)
+            self._amounts.setdefault(row.endpoint_id, {})[row.scope] = amount
+
+    def add(self, endpoint_id: int, scope: str, cost: float, at: float) -> None:
+        amount = self._amounts.setdefault(endpoint_id, {}).setdefault(scope, Amount(oldest_at=at))
+        amount.jobs += 1
+        amount.cost += cost
+        amount.oldest_at = min(amount.oldest_at, at)
+
+    def remove(self, endpoint_id: int, scope: str, cost: float) -> None:
+        amounts = self._amounts.get(endpoint_id, {})
+        amount = amounts.get(scope)
+        if amount is None:
+            return
+        amount.jobs -= 1
+        amount.cost = max(0.0, amount.cost - cost)
+        if amount.jobs <= 0:
+            del amounts[scope]
+
+    def scopes(self, endpoint_id: int) -> list[str]:
+        """Who has something waiting."""
+        return list(self._amounts.get(endpoint_id, ()))
+
+    def of_scope(self, scope: str) -> int:
+        """Jobs of one key, at all endpoints."""
+        return sum(amounts[scope].jobs for amounts in self._amounts.values() if scope in amounts)
+
+    def total(self, endpoint_id: int) -> Amount:
+        """All keys of an endpoint."""
+        amounts = self._amounts.get(endpoint_id, {}).values()
+        return Amount(
+            jobs=sum(amount.jobs for amount in amounts),
+            cost=sum(amount.cost for amount in amounts),
+            oldest_at=min((amount.oldest_at for amount in amounts), default=0.0),
+        )

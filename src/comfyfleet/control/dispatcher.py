@@ -1,0 +1,281 @@
+"""The loop that gives waiting durable jobs to workers: whose turn, which worker, a lease, a run.
+
+A job is bound to a worker as late as possible: one job per endpoint stands in the desk's line, beside the callers of
+`/route/`, and only when a worker has room is the next job of the key whose turn it is leased to it. After a restart
+every lease found in the store is taken over and followed on: the worker has the job, only we were away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import anyio
+import anyio.abc
+import msgspec
+import structlog
+
+from comfyfleet.clock import Clock
+from comfyfleet.control.backlog import Backlog
+from comfyfleet.control.catalog import Catalog
+from comfyfleet.control.desk import Desk, Placed, TakeRequest
+from comfyfleet.control.fair_share import FairShare
+from comfyfleet.control.job_feed import JobFeed, Kick
+from comfyfleet.control.job_run import JobRun, RunOutcome
+from comfyfleet.control.jobs import Job, JobHead, Lease
+from comfyfleet.control.keys import Vault
+from comfyfleet.control.leases import LEASE_S, LOST_AFTER_S, is_abandoned
+from comfyfleet.control.records import Endpoint
+from comfyfleet.control.route_queue import RouteTicket
+from comfyfleet.control.store.base import Store
+from comfyfleet.control.tickets import TICKET_LIFETIME_S, Tickets
+from comfyfleet.control.worker_calls import WorkerCalls
+from comfyfleet.control.workers import Workers
+from comfyfleet.ids import Ids
+from comfyfleet.wire.routing import RouteReady
+from comfyfleet.wire.tickets import TicketClaims
+
+log = structlog.get_logger()
+
+TICK_S = 1.0
+RESYNC_EVERY_S = 10.0
+_REPLAY_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _InLine:
+    """The place that one endpoint's durable jobs hold at the desk."""
+
+    ticket: RouteTicket
+    scope: str
+
+
+class Dispatcher:
+    """One for the control plane. `ended` hears of every run's end."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        catalog: Catalog,
+        desk: Desk,
+        workers: Workers,
+        tickets: Tickets,
+        calls: WorkerCalls,
+        feed: JobFeed,
+        backlog: Backlog,
+        vault: Vault,
+        clock: Clock,
+        ids: Ids,
+        weight_of: Callable[[str], float],
+        ended: Callable[[RunOutcome], None],
+        lost_after_s: float = LOST_AFTER_S,
+    ) -> None:
+        self.kick = Kick()
+        self._store = store
+        self._catalog = catalog
+        self._desk = desk
+        self._workers = workers
+        self._tickets = tickets
+        self._calls = calls
+        self._feed = feed
+        self._backlog = backlog
+        self._vault = vault
+        self._clock = clock
+        self._ids = ids
+        self._weight_of = weight_of
+        self._ended = ended
+        self._lost_after_s = lost_after_s
+        self._shares: dict[int, FairShare] = {}
+        self._in_line: dict[int, _InLine] = {}
+        self._held: set[str] = set()
+
+    async def run(self) -> None:
+        """Until cancelled. Runs are tasks of this loop; their leases outlive us."""
+        async with anyio.create_task_group() as runs:
+            await self._take_over(runs, await self._store.leased())
+            next_sync = 0.0
+            while True:
+                try:
+                    if self._clock.now() >= next_sync:
+                        next_sync = self._clock.now() + RESYNC_EVERY_S
+                        self._backlog.replace(await self._store.waiting())
+                        abandoned = [job for job in await self._store.leased() if self._is_abandoned(job)]
+                        await self._take_over(runs, abandoned)
+                    for endpoint in self._catalog.endpoints():
+                        await self._serve(endpoint, runs)
+                        self._tell_demand(endpoint.id)
+                except Exception:  # one iteration: what waits is still waiting in the store
+                    log.exception("dispatch.failed")
+                await self.kick.wait(TICK_S)
+
+    def submitted(self, jobs: Iterable[Job]) -> None:
+        """Jobs were stored: demand for the autoscaler, and a reason to look now."""
+        for job in jobs:
+            self._backlog.add(job.endpoint_id, job.scope, job.cost, job.created_at)
+            self._desk.arrived(job.endpoint_id, job.cost)
+        self.kick()
+
+    # --- waiting jobs ------------------------------------------------------------------------------------------------
+
+    async def _serve(self, endpoint: Endpoint, runs: anyio.abc.TaskGroup) -> None:
+        """Lease jobs as long as there is a job and a worker with room."""
+        share = self._shares.setdefault(endpoint.id, FairShare())
+        barren: set[str] = set()
+        while True:
+            scopes = [scope for scope in self._backlog.scopes(endpoint.id) if scope not in barren]
+            scope = share.next(scopes)
+            if scope is None:
+                self._leave_line(endpoint.id)
+                return
+            head = await self._store.head(endpoint.id, scope, self._clock.now())
+            if head is None:  # all of them are held back for a moment
+                barren.add(scope)
+                continue
+            placed = self._place(endpoint, head, runs)
+            if placed is None:
+                return
+            if await self._start(head, placed, runs):
+                share.served(scope, head.cost, self._weight_of(scope))
+
+    def _place(self, endpoint: Endpoint, head: JobHead, runs: anyio.abc.TaskGroup) -> Placed | None:
+        """A worker for the job, or its place in the line kept."""
+        standing = self._in_line.get(endpoint.id)
+        if standing is not None and standing.scope != head.scope:
+            self._leave_line(endpoint.id)
+            standing = None
+        found = self._desk.take(
+            TakeRequest(
+                endpoint_id=endpoint.id,
+                endpoint_name=endpoint.endpoint_name,
+                max_queue_time=endpoint.max_queue_time,
+                scope=head.scope,
+                cost=head.cost,
+                request_idx=standing.ticket.request_idx if standing is not None else 0,
+                replay_timeout=_REPLAY_TIMEOUT_S,
+                models=frozenset(msgspec.json.decode(head.models, type=list[str])),
+                shape=head.shape,
+                held=True,
+                excluded=head.lost_on,
+            )
+        )
+        if isinstance(found, Placed):
+            self._in_line.pop(endpoint.id, None)
+            return found
+        self._in_line[endpoint.id] = _InLine(ticket=found.ticket, scope=head.scope)
+        if found.ticket.changed is None:
+            found.ticket.changed = anyio.Event()
+            runs.start_soon(self._wake, found.ticket.changed, name="dispatch wake")
+        return None
+
+    async def _wake(self, changed: anyio.Event) -> None:
+        with anyio.move_on_after(_REPLAY_TIMEOUT_S):
+            await changed.wait()
+        self.kick()
+
+    def _leave_line(self, endpoint_id: int) -> None:
+        standing = self._in_line.pop(endpoint_id, None)
+        if standing is not None:
+            self._desk.release(standing.ticket.request_idx)
+
+    async def _start(self, head: JobHead, placed: Placed, runs: anyio.abc.TaskGroup) -> bool:
+        now = self._clock.now()
+        job = await self._store.lease(
+            Lease(
+                job_id=head.id,
+                token=self._ids.token(),
+                leased_at=now,
+                expires_at=now + LEASE_S,
+                worker_id=placed.worker_id,
+                worker_url=placed.answer.url,
+                request_idx=placed.answer.request_idx,
+            )
+        )
+        self._backlog.remove(head.endpoint_id, head.scope, head.cost)
+        if job is None:  # cancelled in between
+            self._desk.release(placed.answer.request_idx)
+            return False
+        self._feed.news(job.id)
+        self._held.add(job.id)
+        runs.start_soon(self._run, job, placed.answer, name=f"job {job.id}")
+        return True
+
+    # --- leased jobs -------------------------------------------------------------------------------------------------
+
+    async def _take_over(self, runs: anyio.abc.TaskGroup, jobs: Iterable[Job]) -> None:
+        """Become the holder of leases whose control plane is gone; the workers go on meanwhile."""
+        for job in jobs:
+            token, expires_at = self._ids.token(), self._clock.now() + LEASE_S
+            old_token = job.lease_token or ""
+            if not await self._store.take_over(job.id, old_token=old_token, token=token, expires_at=expires_at):
+                continue
+            mine = msgspec.structs.replace(job, lease_token=token, lease_expires=expires_at)
+            log.info("lease.taken_over", job=job.id, worker=job.worker_id)
+            self._held.add(job.id)
+            runs.start_soon(self._run, mine, None, name=f"job {job.id}")
+
+    def _is_abandoned(self, job: Job) -> bool:
+        return is_abandoned(job, frozenset(self._held), self._clock.now())
+
+    async def _run(self, job: Job, ticket: RouteReady | None) -> None:
+        run = JobRun(
+            job,
+            store=self._store,
+            workers=self._workers,
+            calls=self._calls,
+            feed=self._feed,
+            vault=self._vault,
+            clock=self._clock,
+            ticket_for=self._ticket_for,
+            lost_after_s=self._lost_after_s,
+        )
+        try:
+            outcome = await run.run(ticket)
+        except Exception:  # the stage boundary of a run: the lease expires, and the job is taken over
+            log.exception("job.run_failed", job=job.id)
+            return
+        finally:
+            self._held.discard(job.id)
+            if job.request_idx is not None:
+                self._desk.release(job.request_idx)
+        if outcome.status is None:
+            log.warning("job.gave_back", job=job.id, worker=job.worker_id, why=outcome.reason)
+            self._backlog.add(job.endpoint_id, job.scope, job.cost, job.created_at)
+        self._ended(outcome)
+        self.kick()
+
+    def _ticket_for(self, job: Job) -> RouteReady | None:
+        """To ask the worker a leased job is on. reqnum 0: it starts nothing."""
+        worker = self._workers.get(job.worker_id or 0)
+        endpoint = self._catalog.endpoint(job.endpoint_id)
+        url = (worker.url if worker is not None else "") or (job.worker_url if worker is not None else "")
+        if worker is None or endpoint is None or not url:
+            return None
+        claims = TicketClaims(
+            url=url,
+            endpoint=endpoint.endpoint_name,
+            cost=job.cost,
+            reqnum=0,
+            request_idx=job.request_idx or 0,
+            exp=self._clock.now() + TICKET_LIFETIME_S,
+            sub=job.scope,
+            incarnation=worker.incarnation,
+        )
+        return RouteReady(
+            endpoint=claims.endpoint,
+            url=url,
+            cost=claims.cost,
+            reqnum=0,
+            request_idx=claims.request_idx,
+            signature=self._tickets.signature(url),
+            ticket=self._tickets.ticket(claims),
+            request_id=job.id,
+        )
+
+    def _tell_demand(self, endpoint_id: int) -> None:
+        """What waits here beyond the one that stands in the line."""
+        standing = 1 if endpoint_id in self._in_line else 0
+        total = self._backlog.total(endpoint_id)
+        jobs = max(0, total.jobs - standing)
+        cost = total.cost * jobs / total.jobs if total.jobs else 0.0
+        self._desk.set_backlog(endpoint_id, jobs=jobs, cost=cost, oldest_at=total.oldest_at)

@@ -1,0 +1,166 @@
+"""The durable half of the control plane, put together: admission, dispatcher, webhooks, ledger, janitor.
+
+A composition root like `plane` (routing), on whose desk and registry it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import aiohttp
+import anyio
+import anyio.abc
+
+from comfyfleet.clock import Clock
+from comfyfleet.control.admission import Admission
+from comfyfleet.control.backlog import Backlog
+from comfyfleet.control.catalog import Catalog
+from comfyfleet.control.dispatcher import Dispatcher
+from comfyfleet.control.janitor import Janitor
+from comfyfleet.control.job_feed import JobFeed, Kick
+from comfyfleet.control.job_run import RunOutcome
+from comfyfleet.control.job_webhooks import JobWebhooks
+from comfyfleet.control.keys import Keyring, Vault
+from comfyfleet.control.ledger import Ledger
+from comfyfleet.control.limits import Limits
+from comfyfleet.control.metrics import Metrics
+from comfyfleet.control.plane import RoutingPlane
+from comfyfleet.control.store.base import Store
+from comfyfleet.control.worker_calls import WorkerCalls
+from comfyfleet.fetching.addresses import AddressRules
+from comfyfleet.fetching.fetcher import GuardedFetcher
+from comfyfleet.ids import Ids
+from comfyfleet.sealing import Sealer
+from comfyfleet.settings.control import ControlSettings
+from comfyfleet.settings.outreach import FetchSettings
+from comfyfleet.webhooks.deliver import Webhooks
+from comfyfleet.webhooks.outbox import Outbox
+
+
+class DurablePlane:
+    """Everything between an accepted job and its end being known."""
+
+    def __init__(
+        self,
+        *,
+        settings: ControlSettings,
+        store: Store,
+        catalog: Catalog,
+        keyring: Keyring,
+        vault: Vault,
+        webhook_key: bytes,
+        routing: RoutingPlane,
+        metrics: Metrics,
+        session: aiohttp.ClientSession,
+        fetcher: GuardedFetcher,
+        clock: Clock,
+        ids: Ids,
+    ) -> None:
+        self.feed = JobFeed()
+        self.backlog = Backlog()
+        self.limits = Limits()
+        self._catalog = catalog
+        self._metrics = metrics
+        self._clock = clock
+        self._ended = Kick()
+        self._outbox = Outbox(settings.data_dir / "webhooks.sqlite3", Sealer(webhook_key, "webhooks"))
+        self._webhooks = Webhooks(self._outbox, fetcher, clock, ids)
+        self.admission = Admission(
+            store=store,
+            catalog=catalog,
+            learned=routing.learned,
+            limits=self.limits,
+            vault=vault,
+            fetcher=fetcher,
+            clock=clock,
+            ids=ids,
+        )
+        self.ledger = Ledger(
+            store=store,
+            workers=routing.workers,
+            limits=self.limits,
+            clock=clock,
+            price_gpu_hour=settings.price_gpu_hour,
+            price_storage_hour=settings.price_storage_hour,
+        )
+        self.dispatcher = Dispatcher(
+            store=store,
+            catalog=catalog,
+            desk=routing.desk,
+            workers=routing.workers,
+            tickets=routing.tickets,
+            calls=WorkerCalls(session),
+            feed=self.feed,
+            backlog=self.backlog,
+            vault=vault,
+            clock=clock,
+            ids=ids,
+            weight_of=keyring.weight,
+            ended=self._run_ended,
+            lost_after_s=settings.lost_after_s,
+        )
+        self._janitor = Janitor(
+            store=store,
+            catalog=catalog,
+            workers=routing.workers,
+            feed=self.feed,
+            clock=clock,
+            ended=self._ended,
+            keep_s=settings.retention_days * 86_400.0,
+        )
+        self._job_webhooks = JobWebhooks(
+            store=store, vault=vault, webhooks=self._webhooks, clock=clock, kick=self._ended
+        )
+
+    async def run(self) -> None:
+        """The loops, until cancelled."""
+        try:
+            async with anyio.create_task_group() as loops:
+                loops.start_soon(self.dispatcher.run, name="dispatcher")
+                loops.start_soon(self._janitor.run, name="janitor")
+                loops.start_soon(self._job_webhooks.run, name="job webhooks")
+                loops.start_soon(self._webhooks.run, name="webhooks")
+                loops.start_soon(self.ledger.run, name="ledger")
+        finally:
+            with anyio.CancelScope(shield=True):  # seconds that were used must be on the ledger
+                self.ledger.count()
+                await self.ledger.flush()
+                self._outbox.close()
+
+    def now(self) -> float:
+        """This plane's wall time."""
+        return self._clock.now()
+
+    def cancelled(self, job_id: str) -> None:
+        """A caller cancelled a job: its run, its followers and its webhook want to know."""
+        self.feed.cancel(job_id)
+        self.feed.news(job_id)
+        self._ended()
+
+    def _run_ended(self, outcome: RunOutcome) -> None:
+        endpoint = self._catalog.endpoint(outcome.job.endpoint_id)
+        name = endpoint.endpoint_name if endpoint is not None else str(outcome.job.endpoint_id)
+        self.ledger.job_ended(outcome)
+        if outcome.status is None:
+            self._metrics.leases_lost.labels(name).inc()
+        else:
+            self._metrics.jobs_finished.labels(name, str(outcome.status)).inc()
+        self._ended()
+
+
+@asynccontextmanager
+async def outreach(
+    settings: ControlSettings, clock: Clock
+) -> AsyncIterator[tuple[aiohttp.ClientSession, GuardedFetcher]]:
+    """The two HTTP clients: one to our workers, one to whatever a caller names."""
+    fetch = FetchSettings.from_environment(settings.inherited)
+    async with AsyncExitStack() as stack:
+        session = await stack.enter_async_context(
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0), cookie_jar=aiohttp.DummyCookieJar()
+            )
+        )
+        rules = AddressRules.parse(fetch.allowed_private_hosts)
+        fetcher = await stack.enter_async_context(GuardedFetcher(rules, clock))
+        yield session, fetcher

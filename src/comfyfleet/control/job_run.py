@@ -1,0 +1,236 @@
+"""One lease's life: hand the job to its worker, follow it to its end, and write that down under the lease's token.
+
+The lease is renewed for as long as this runs. Whatever happens, the job ends in one of three ways: finished (the
+token held), given back to wait again, or left alone because the lease is somebody else's by now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import anyio
+import msgspec
+import structlog
+
+from comfyfleet.clock import Clock
+from comfyfleet.control.admission import SEALED, JobSecrets
+from comfyfleet.control.job_feed import JobFeed
+from comfyfleet.control.jobs import Job
+from comfyfleet.control.keys import Vault
+from comfyfleet.control.leases import GIVEN_BACK_S, LEASE_S, LOST_AFTER_S, RENEW_EVERY_S, Fate, Silence, fate
+from comfyfleet.control.store.base import Store
+from comfyfleet.control.worker_calls import Ended, News, Refused, Taken, Unreachable, WorkerCalls
+from comfyfleet.control.workers import Workers
+from comfyfleet.wire.jobs import JobStatus
+from comfyfleet.wire.routing import RouteReady
+
+log = structlog.get_logger()
+
+PROGRESS_EVERY_S = 0.5
+_RECONNECT_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOutcome:
+    """How a lease ended. status None: the job waits again, or the lease was lost."""
+
+    job: Job
+    status: JobStatus | None
+    seconds: float = 0.0
+    reason: str = ""
+
+
+class JobRun:
+    """A leased job. `ticket_for` makes a fresh ticket to the worker it is on, or None when nobody knows the worker."""
+
+    def __init__(
+        self,
+        job: Job,
+        *,
+        store: Store,
+        workers: Workers,
+        calls: WorkerCalls,
+        feed: JobFeed,
+        vault: Vault,
+        clock: Clock,
+        ticket_for: Callable[[Job], RouteReady | None],
+        lost_after_s: float = LOST_AFTER_S,
+    ) -> None:
+        assert job.lease_token is not None  # noqa: S101 - a run exists for a leased job only
+        self._job = job
+        self._token = job.lease_token
+        self._store = store
+        self._workers = workers
+        self._calls = calls
+        self._feed = feed
+        self._vault = vault
+        self._clock = clock
+        self._ticket_for = ticket_for
+        self._lost_after_s = lost_after_s
+        self._is_cancel_asked = bool(job.cancel_requested)
+        self._heard_at = clock.now()
+        self._told_at = 0.0
+        self._began_at = 0.0
+
+    async def run(self, ticket: RouteReady | None) -> RunOutcome:
+        """ticket: to start the job with; None for one that a worker has already (after our restart)."""
+        outcome: RunOutcome | None = None
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._keep_lease, group.cancel_scope, name="lease")
+            group.start_soon(self._hear_cancel, name="cancel")
+            outcome = await self._work(ticket)
+            group.cancel_scope.cancel()
+        self._feed.done(self._job.id)
+        return outcome or RunOutcome(job=self._job, status=None, reason="the lease was lost")
+
+    async def _work(self, ticket: RouteReady | None) -> RunOutcome:
+        started: Taken | Ended | Refused | None = Taken() if ticket is None else None
+        while True:
+            try:
+                if started is None and ticket is not None:
+                    started = await self._calls.start(ticket, self._payload())
+                    self._heard_at = self._clock.now()
+                if isinstance(started, Ended):
+                    return await self._ended(started)
+                if isinstance(started, Refused):
+                    return await self._refused(started)
+                return await self._follow()
+            except Unreachable as error:
+                if (outcome := await self._unreachable(str(error))) is not None:
+                    return outcome
+                # It may have arrived: from here on ask for it, and only a plain "no such job" hands it over again.
+                started = Taken()
+                await self._clock.sleep(_RECONNECT_S)
+
+    def _payload(self) -> bytes:
+        """The input as the worker gets it: secrets put back, our id as its request_id, the webhook left out."""
+        given = msgspec.json.decode(self._job.input, type=dict[str, msgspec.Raw])
+        given["request_id"] = msgspec.Raw(msgspec.json.encode(self._job.id))
+        if self._job.sealed:
+            secrets = msgspec.json.decode(self._vault.open(self._job.sealed, SEALED), type=JobSecrets)
+            if secrets.s3:
+                given["s3"] = msgspec.Raw(msgspec.json.encode(secrets.s3))
+        if self._job.deadline_at is not None:
+            left_s = max(1.0, self._job.deadline_at - self._clock.now())
+            given["deadline_s"] = msgspec.Raw(msgspec.json.encode(left_s))
+        return msgspec.json.encode({"input": given})
+
+    async def _follow(self) -> RunOutcome:
+        if not self._began_at:
+            self._began_at = self._clock.now()
+            if not await self._store.start(self._job.id, token=self._token, now=self._began_at):
+                return RunOutcome(job=self._job, status=None, reason="the lease was lost")
+            self._feed.news(self._job.id)
+        ticket = self._ticket_for(self._job)
+        if ticket is None:
+            raise Unreachable("the worker is not known any more")
+        async for heard in self._calls.follow(ticket, self._job.id):
+            self._heard_at = self._clock.now()
+            if isinstance(heard, News):
+                await self._progress(heard)
+            elif isinstance(heard, Ended):
+                return await self._ended(heard)
+            else:
+                return await self._refused(heard)
+        raise Unreachable("the stream ended")
+
+    async def _progress(self, news: News) -> None:
+        now = self._clock.now()
+        if now - self._told_at < PROGRESS_EVERY_S:
+            return
+        self._told_at = now
+        data = msgspec.json.encode({key: value for key, value in news.frame.items() if key != "id"}).decode()
+        await self._store.add_event(self._job.id, kind="progress", data=data, now=now)
+        self._feed.news(self._job.id)
+
+    async def _ended(self, ended: Ended) -> RunOutcome:
+        result = msgspec.json.decode(ended.body, type=dict[str, msgspec.Raw])
+        said = msgspec.json.decode(result.get("status", msgspec.Raw(b'"completed"')))
+        status = {"failed": JobStatus.FAILED, "cancelled": JobStatus.CANCELLED}.get(said, JobStatus.COMPLETED)
+        error = None
+        if status is JobStatus.FAILED:
+            error = bytes(result.get("error", msgspec.Raw(b'{"code":"job_failed"}'))).decode()
+        return await self._finish(status, ended.body.decode(), error)
+
+    async def _refused(self, refused: Refused) -> RunOutcome:
+        """Not taken: another worker, or a little later; final only where no retry can help."""
+        if self._is_cancel_asked:
+            return await self._finish(JobStatus.CANCELLED, None, None)
+        if refused.status == 404:
+            return await self._give_back("the worker does not have it any more", 0.0)
+        if refused.retry_after_s is not None:
+            return await self._give_back(
+                f"the worker answered {refused.status}: {refused.message}", refused.retry_after_s
+            )
+        error = {"code": refused.code, "message": refused.message, "details": refused.details}
+        return await self._finish(JobStatus.FAILED, None, msgspec.json.encode(error).decode())
+
+    async def _unreachable(self, why: str) -> RunOutcome | None:
+        if self._is_cancel_asked:
+            return await self._finish(JobStatus.CANCELLED, None, None)
+        worker_id = self._job.worker_id or 0
+        silence = Silence(since=self._heard_at, lost_after_s=self._lost_after_s)
+        decided = fate(self._job, worker_id, self._workers.get(worker_id), silence, self._clock.now())
+        if decided is Fate.WAIT:
+            return None
+        log.warning("lease.lost", job=self._job.id, worker=worker_id, why=why, next=str(decided))
+        if decided is Fate.POISON:
+            error = {
+                "code": "poison_job",
+                "message": "three workers were lost with this job; it is not tried again",
+                "details": {"worker_ids": sorted(self._job.lost_on | {worker_id})},
+            }
+            return await self._finish(JobStatus.FAILED, None, msgspec.json.encode(error).decode())
+        now = self._clock.now()
+        reason = f"worker {worker_id} was lost ({why})"
+        is_ours = await self._store.requeue(
+            self._job.id, token=self._token, lost_worker=worker_id, not_before=now, reason=reason, now=now
+        )
+        return RunOutcome(job=self._job, status=None, reason=reason if is_ours else "the lease was lost")
+
+    async def _give_back(self, reason: str, after_s: float) -> RunOutcome:
+        now = self._clock.now()
+        await self._store.requeue(
+            self._job.id,
+            token=self._token,
+            lost_worker=None,
+            not_before=now + max(GIVEN_BACK_S, after_s),
+            reason=reason,
+            now=now,
+        )
+        return RunOutcome(job=self._job, status=None, reason=reason)
+
+    async def _finish(self, status: JobStatus, result: str | None, error: str | None) -> RunOutcome:
+        now = self._clock.now()
+        with anyio.CancelScope(shield=True):  # a result that we have must not be lost to a shutdown
+            is_ours = await self._store.finish(
+                self._job.id, token=self._token, status=status, result=result, error=error, now=now
+            )
+        if not is_ours:
+            return RunOutcome(job=self._job, status=None, reason="the lease was lost")
+        began = self._job.started_at or self._began_at or now
+        return RunOutcome(job=self._job, status=status, seconds=now - began)
+
+    async def _keep_lease(self, scope: anyio.CancelScope) -> None:
+        while True:
+            await self._clock.sleep(RENEW_EVERY_S)
+            expires_at = self._clock.now() + LEASE_S
+            if not await self._store.renew(self._job.id, token=self._token, expires_at=expires_at):
+                scope.cancel()
+                return
+            # Another replica may have taken the cancel call.
+            job = await self._store.job(self._job.id)
+            if job is not None and job.cancel_requested:
+                self._feed.cancel(self._job.id)
+
+    async def _hear_cancel(self) -> None:
+        """Pass a cancel on to the worker; its answer comes by the stream we follow."""
+        if not self._is_cancel_asked:
+            await self._feed.cancel_event(self._job.id).wait()
+            self._is_cancel_asked = True
+        while True:
+            ticket = self._ticket_for(self._job)
+            if ticket is not None and await self._calls.cancel(ticket, self._job.id):
+                return
+            await self._clock.sleep(1.0)

@@ -1,0 +1,55 @@
+"""The rules of a lease, as pure functions of values and `now`. Who keeps them: `job_run` and `dispatcher`.
+
+A worker's lease is renewed for as long as the worker answers. What follows when it does not is decided here.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from comfyfleet.control.jobs import POISON_AFTER_WORKERS, Job
+from comfyfleet.control.worker import Worker
+from comfyfleet.control.worker_states import WorkerState
+
+LEASE_S = 30.0
+RENEW_EVERY_S = 10.0
+# How long a worker may be out of reach before its job is given to another: longer than a worker's own restart, which
+# finds the job in its journal and goes on with it.
+LOST_AFTER_S = 20.0
+# A job given back by a busy worker comes again after this long, unless the worker said otherwise.
+GIVEN_BACK_S = 1.0
+
+_GONE = frozenset({WorkerState.DESTROYING, WorkerState.STOPPED, WorkerState.STOPPING, WorkerState.ERROR})
+
+
+class Fate(StrEnum):
+    """What to do about a job whose worker does not answer."""
+
+    WAIT = "wait"
+    RUN_ELSEWHERE = "run_elsewhere"
+    POISON = "poison"
+
+
+class Silence(msgspec.Struct, frozen=True, kw_only=True):
+    """since: when the worker was last heard about this job."""
+
+    since: float
+    lost_after_s: float = LOST_AFTER_S
+
+
+def fate(job: Job, worker_id: int, worker: Worker | None, silence: Silence, now: float) -> Fate:
+    """A worker that is gone for good need not be waited for; one that may come back has its time."""
+    is_gone = worker is None or (worker.state in _GONE and not worker.is_foreign)
+    if not is_gone and now - silence.since < silence.lost_after_s:
+        return Fate.WAIT
+    # A restarted control plane knows its workers from the store; one it does not know is gone.
+    if len(job.lost_on | {worker_id}) >= POISON_AFTER_WORKERS:
+        return Fate.POISON
+    return Fate.RUN_ELSEWHERE
+
+
+def is_abandoned(job: Job, held: frozenset[str], now: float) -> bool:
+    """Leased, expired, and nobody of ours holds it: its control plane died."""
+    return job.id not in held and (job.lease_expires or 0.0) <= now

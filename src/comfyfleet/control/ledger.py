@@ -1,0 +1,138 @@
+"""The usage ledger: seconds per worker and billing state, seconds per job, each with its price. Append-only.
+
+A worker that is ready, loading or starting pays for its GPU, idle or not; an inactive one pays for its storage; one
+that is pending, broken or going pays nothing (the documents' table).
+"""
+
+from __future__ import annotations
+
+import structlog
+
+from comfyfleet.clock import Clock
+from comfyfleet.control.job_run import RunOutcome
+from comfyfleet.control.limits import Limits
+from comfyfleet.control.records import UsageRow
+from comfyfleet.control.store.base import Store
+from comfyfleet.control.worker_states import WorkerState
+from comfyfleet.control.workers import Workers
+
+log = structlog.get_logger()
+
+FLUSH_EVERY_S = 15.0
+
+_FREE = frozenset({WorkerState.PENDING, WorkerState.ERROR, WorkerState.DESTROYING})
+_STORAGE = frozenset({WorkerState.CREATING, WorkerState.CREATED, WorkerState.STOPPING, WorkerState.STOPPED})
+
+
+def billed_as(state: WorkerState) -> str:
+    """gpu, storage, or "" for nothing."""
+    if state in _FREE:
+        return ""
+    return "storage" if state in _STORAGE else "gpu"
+
+
+class Ledger:
+    """Adds rows while the control plane runs; a time when it did not is nobody's."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        workers: Workers,
+        limits: Limits,
+        clock: Clock,
+        price_gpu_hour: float,
+        price_storage_hour: float,
+    ) -> None:
+        self._store = store
+        self._workers = workers
+        self._limits = limits
+        self._clock = clock
+        self._price_s = {"gpu": price_gpu_hour / 3600.0, "storage": price_storage_hour / 3600.0}
+        self._counted_at: dict[int, tuple[float, str]] = {}
+        self._rows: list[UsageRow] = []
+
+    def job_ended(self, outcome: RunOutcome) -> None:
+        """A job's seconds, on its key."""
+        if outcome.status is None:
+            return
+        job, now = outcome.job, self._clock.now()
+        self._limits.used_seconds(job.scope, outcome.seconds, now)
+        self._rows.append(
+            UsageRow(
+                endpoint_id=job.endpoint_id,
+                workergroup_id=0,
+                worker_id=job.worker_id or 0,
+                scope=job.scope,
+                kind="job",
+                started_at=now - outcome.seconds,
+                seconds=outcome.seconds,
+                price=outcome.seconds * self._price_s["gpu"],
+            )
+        )
+
+    def count(self) -> None:
+        """Add what each worker has used since the last count; the state then held is what is billed."""
+        now = self._clock.now()
+        seen: dict[int, tuple[float, str]] = {}
+        for worker in self._workers.all():
+            since, kind = self._counted_at.get(worker.id, (now, ""))
+            if kind and now > since:
+                price_s = worker.price_hour / 3600.0 if kind == "gpu" and worker.price_hour else self._price_s[kind]
+                self._rows.append(
+                    UsageRow(
+                        endpoint_id=worker.endpoint_id,
+                        workergroup_id=worker.group_id,
+                        worker_id=worker.id,
+                        scope="",
+                        kind=kind,
+                        started_at=since,
+                        seconds=now - since,
+                        price=(now - since) * price_s,
+                    )
+                )
+            seen[worker.id] = (now, billed_as(worker.state))
+        self._counted_at = seen
+
+    async def flush(self) -> None:
+        rows, self._rows = self._rows, []
+        await self._store.add_usage(rows)
+
+    async def run(self) -> None:
+        """Count each second, save every now and then."""
+        saved_at = self._clock.now()
+        while True:
+            await self._clock.sleep(1.0)
+            try:
+                self.count()
+                if self._clock.now() - saved_at >= FLUSH_EVERY_S:
+                    saved_at = self._clock.now()
+                    self._rows = merged(self._rows)
+                    await self.flush()
+            except Exception:  # one iteration
+                log.exception("ledger.failed")
+
+
+def merged(rows: list[UsageRow]) -> list[UsageRow]:
+    """One row where the same worker went on in the same state: seconds and price add up."""
+    sums: dict[tuple[int, str], UsageRow] = {}
+    jobs = []
+    for row in rows:
+        if row.kind == "job":
+            jobs.append(row)
+            continue
+        before = sums.get((row.worker_id, row.kind))
+        if before is None:
+            sums[row.worker_id, row.kind] = row
+            continue
+        sums[row.worker_id, row.kind] = UsageRow(
+            endpoint_id=row.endpoint_id,
+            workergroup_id=row.workergroup_id,
+            worker_id=row.worker_id,
+            scope=row.scope,
+            kind=row.kind,
+            started_at=before.started_at,
+            seconds=before.seconds + row.seconds,
+            price=before.price + row.price,
+        )
+    return [*sums.values(), *jobs]

@@ -1,0 +1,162 @@
+"""What the control plane says to a worker about one job: start it, follow it, cancel it. HTTP only, no decisions.
+
+Our worker answers `/generate` at once and is followed at `/result/{id}` by server-sent events; a public PyWorker knows
+neither (404) and gets `/generate/sync`, whose answer is the result. Every call shows a ticket in `auth_data`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from comfyfleet.wire.routing import RouteReady
+
+_FOLLOW_IDLE_S = 60.0
+_START = aiohttp.ClientTimeout(total=30.0)
+_FOLLOW = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=_FOLLOW_IDLE_S)
+_SYNC = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
+_encode = msgspec.json.encode
+
+
+class Unreachable(Exception):
+    """The worker did not answer, or stopped answering: nobody knows what became of the job."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """The worker did not take the job, or has it no more. retry_after_s: None where a retry cannot help."""
+
+    status: int
+    code: str
+    message: str
+    details: dict[str, Any]
+    retry_after_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """It runs there; follow it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """The worker's result: `body` is its JSON, `status` what HTTP said."""
+
+    status: int
+    body: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class News:
+    """Progress, as the worker tells it (JSON object)."""
+
+    frame: dict[str, Any]
+
+
+class WorkerCalls:
+    """One HTTP session to all workers."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
+
+    async def start(self, ticket: RouteReady, payload: bytes) -> Taken | Refused | Ended:
+        """Hand the job over. payload: `{"input": …}` as JSON. Raises Unreachable: it may have arrived or not."""
+        body = b'{"auth_data":' + _encode(ticket) + b',"session_id":null,"payload":' + payload + b"}"
+        try:
+            status, answer, headers = await self._post(ticket.url + "/generate", body, _START)
+            if status == 404 and not _is_ours(answer):
+                status, answer, headers = await self._post(ticket.url + "/generate/sync", body, _SYNC)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Unreachable(str(error)) from error
+        if status == 202:
+            return Taken()
+        return _ended_or_refused(status, answer, headers)
+
+    async def follow(self, ticket: RouteReady, job_id: str) -> AsyncIterator[News | Ended | Refused]:
+        """Progress, then the end. Raises Unreachable when the stream breaks off before it."""
+        body = b'{"auth_data":' + _encode(ticket) + b"}"
+        headers = {"Accept": "text/event-stream", "Content-Type": "application/json"}
+        try:
+            async with self._session.post(
+                f"{ticket.url}/result/{job_id}", data=body, headers=headers, timeout=_FOLLOW
+            ) as answer:
+                if "text/event-stream" not in answer.headers.get("Content-Type", ""):
+                    yield _ended_or_refused(answer.status, await answer.read(), dict(answer.headers))
+                    return
+                async for line in _data_lines(answer.content):
+                    frame = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+                    if bytes(frame.get("status", msgspec.Raw(b'""'))) == b'"final_result"':
+                        yield Ended(status=200, body=bytes(frame["result"]))
+                        return
+                    yield News(frame=msgspec.json.decode(line))
+        except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError) as error:
+            raise Unreachable(str(error)) from error
+        raise Unreachable("the stream ended without a result")
+
+    async def cancel(self, ticket: RouteReady, job_id: str) -> bool:
+        """True if the worker was told."""
+        try:
+            body = b'{"auth_data":' + _encode(ticket) + b"}"
+            status, _, _ = await self._post(f"{ticket.url}/cancel/{job_id}", body, _START)
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+        return status < 500
+
+    async def _post(self, url: str, body: bytes, within: aiohttp.ClientTimeout) -> tuple[int, bytes, dict[str, str]]:
+        async with self._session.post(
+            url, data=body, headers={"Content-Type": "application/json"}, timeout=within
+        ) as answer:
+            return answer.status, await answer.read(), dict(answer.headers)
+
+
+async def _data_lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """The data of each event; lines may be longer than the reader's own limit (a result has megabytes)."""
+    rest = b""
+    async for chunk in content.iter_any():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[5:].strip()
+
+
+def _is_ours(answer: bytes) -> bool:
+    return b'"status"' in answer and b'"error"' in answer
+
+
+class _Error(msgspec.Struct, frozen=True):
+    code: str = ""
+    message: str = ""
+    details: dict[str, Any] = {}
+
+
+class _Result(msgspec.Struct, frozen=True):
+    status: str = ""
+    message: str = ""
+    error: _Error = _Error()
+
+
+def _ended_or_refused(status: int, answer: bytes, headers: dict[str, str]) -> Ended | Refused:
+    """A result says how the job ended; anything else is a refusal, which some waiting may mend."""
+    try:
+        result = msgspec.json.decode(answer, type=_Result)
+    except msgspec.DecodeError:
+        result = _Result()
+    code = result.error.code
+    has_run = status == 200 or (status == 422 and code == "job_failed") or status == 499
+    if has_run and result.status:
+        return Ended(status=status, body=answer)
+    retry_after_s: float | None = None
+    if status in (408, 409, 425, 429) or status >= 500 or status == 401:
+        text = headers.get("Retry-After", "")
+        retry_after_s = float(text) if text.isdigit() else 1.0
+    return Refused(
+        status=status,
+        code=code or f"worker_{status}",
+        message=result.error.message or result.message or f"the worker answered {status}",
+        details=result.error.details,
+        retry_after_s=retry_after_s,
+    )
