@@ -13,6 +13,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from comfyfleet.engine.sampling.noise import NoiseSource
 from comfyfleet.engine.values import SigmaTable
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (x, sigma) -> x0
@@ -33,6 +34,7 @@ class SamplerRun:
     table: SigmaTable
     is_flow: bool
     seed: int
+    noise: NoiseSource  # fresh noise on x's device, for the samplers that add some at each step
     on_step: OnStep
 
     def steps(self) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from comfyfleet.engine.sampling.guidance import Guide
-from comfyfleet.engine.sampling.noise import initial_noise
+from comfyfleet.engine.sampling.noise import device_noise, initial_noise
 from comfyfleet.engine.sampling.run import Denoise, SamplerRun, noised
 from comfyfleet.engine.sampling.samplers import SAMPLERS
 from comfyfleet.engine.values import Conditioning, ConditioningEntry, DiffusionModel
@@ -84,6 +84,7 @@ def sample(
         table=model.sigmas,
         is_flow=is_flow,
         seed=seed,
+        noise=device_noise(noise, seed),
         on_step=on_step,
     )
     try:

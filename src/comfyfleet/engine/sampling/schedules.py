@@ -26,6 +26,8 @@ class FlowSigmas:
     """
 
     def __init__(self, shift: float, multiplier: float = 1000.0) -> None:
+        if not shift > 0:
+            raise ValueError(f"shift {shift} leaves no noise levels: it must be above 0")
         self.shift = shift
         self.multiplier = multiplier
         steps = torch.arange(1, TRAINING_STEPS + 1, 1) / TRAINING_STEPS

@@ -104,3 +104,9 @@ def test_two_cuts_share_their_meeting_point(steps, start, end, leftover):
 
 def test_a_denoise_of_zero_has_nothing_to_walk():
     assert len(schedule(FlowSigmas(3.0), scheduler="simple", sampler_name="euler", steps=9, denoise=0.0)) == 0
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0, float("nan")])
+def test_a_shift_that_leaves_no_noise_levels_is_refused(shift):
+    with pytest.raises(ValueError, match="must be above 0"):
+        FlowSigmas(shift)

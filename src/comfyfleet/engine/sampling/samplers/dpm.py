@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from comfyfleet.engine.sampling.noise import device_noise
 from comfyfleet.engine.sampling.run import SamplerRun, ancestral_split, flow_ancestral_split
 
 
@@ -22,7 +21,6 @@ def dpm_2(run: SamplerRun, x: Tensor) -> Tensor:
 
 def dpm_2_ancestral(run: SamplerRun, x: Tensor) -> Tensor:
     """`dpm_2` to a lower level, then fresh noise up to the next sigma."""
-    noise = device_noise(x, run.seed)
     for i, sigma, sigma_next in run.steps():
         x0 = run.denoise(x, sigma)
         run.on_step(i, x, x0)
@@ -30,10 +28,10 @@ def dpm_2_ancestral(run: SamplerRun, x: Tensor) -> Tensor:
             return _midpoint_step(run, x, x0, sigma, sigma_next)
         if run.is_flow:
             down, scale, renoise = flow_ancestral_split(sigma, sigma_next)
-            x = scale * _midpoint_step(run, x, x0, sigma, down) + noise(sigma, sigma_next) * renoise
+            x = scale * _midpoint_step(run, x, x0, sigma, down) + run.noise(sigma, sigma_next) * renoise
         else:
             down, up = ancestral_split(sigma, sigma_next)
-            x = _midpoint_step(run, x, x0, sigma, down) + noise(sigma, sigma_next) * up
+            x = _midpoint_step(run, x, x0, sigma, down) + run.noise(sigma, sigma_next) * up
     return x
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from comfyfleet.engine.sampling.noise import device_noise
 from comfyfleet.engine.sampling.run import SamplerRun, ancestral_split, flow_ancestral_split, half_log_snr, sigma_of
 
 
@@ -45,7 +44,6 @@ def dpmpp_2m_cfg_pp(run: SamplerRun, x: Tensor) -> Tensor:
 
 def dpmpp_2s_ancestral(run: SamplerRun, x: Tensor) -> Tensor:
     """DPM-Solver++(2S) to a lower level, then fresh noise. Source: Lu et al. 2022b, algorithm 1, with r = 1/2."""
-    noise = device_noise(x, run.seed)
     for i, sigma, sigma_next in run.steps():
         x0 = run.denoise(x, sigma)
         run.on_step(i, x, x0)
@@ -55,7 +53,7 @@ def dpmpp_2s_ancestral(run: SamplerRun, x: Tensor) -> Tensor:
         middle = _middle(run, sigma, down)
         half_way = (middle / sigma) * x + (_kept(run, sigma, middle)) * x0
         x = (down / sigma) * x + _kept(run, sigma, down) * run.denoise(half_way, middle)
-        x = scale * x + noise(sigma, sigma_next) * added
+        x = scale * x + run.noise(sigma, sigma_next) * added
     return x
 
 
@@ -64,7 +62,6 @@ def dpmpp_2s_ancestral_cfg_pp(run: SamplerRun, x: Tensor) -> Tensor:
 
     x is moved by guidance minus the latest negative prediction before each of the two half steps.
     """
-    noise = device_noise(x, run.seed)
     for i, sigma, sigma_next in run.steps():
         x0, negative_x0 = run.denoise_pair(x, sigma)
         run.on_step(i, x, x0)
@@ -75,7 +72,7 @@ def dpmpp_2s_ancestral_cfg_pp(run: SamplerRun, x: Tensor) -> Tensor:
         half_way = (middle / sigma) * (x + (x0 - negative_x0)) + (1 - middle / sigma) * x0
         x0_middle, negative_x0 = run.denoise_pair(half_way, middle)
         x = (down / sigma) * (x + (x0 - negative_x0)) + (1 - down / sigma) * x0_middle
-        x = x + noise(sigma, sigma_next) * up
+        x = x + run.noise(sigma, sigma_next) * up
     return x
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from comfyfleet.engine.sampling.noise import device_noise
 from comfyfleet.engine.sampling.run import SamplerRun, half_log_snr, starting_below_one
 
 INTEGRATION_POINTS = 200
@@ -23,7 +22,6 @@ def er_sde(run: SamplerRun, x: Tensor) -> Tensor:
 
     An Euler step, then corrections with the first and second divided difference of x0 in the level, then noise.
     """
-    noise = device_noise(x, run.seed)
     run = starting_below_one(run)
     weights = _weights(run)
     last_x0: Tensor | None = None
@@ -42,7 +40,7 @@ def er_sde(run: SamplerRun, x: Tensor) -> Tensor:
             if last_slope is not None:
                 x = x + step.curvature * ((slope - last_slope) / ((step.level - weights[i - 2].level) / 2))
             last_slope = slope
-        x = x + step.added * noise(sigma, sigma_next)
+        x = x + step.added * run.noise(sigma, sigma_next)
         last_x0 = x0
     return x
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from comfyfleet.engine.sampling.noise import device_noise
 from comfyfleet.engine.sampling.run import SamplerRun, ancestral_split, flow_ancestral_split, half_log_snr
 
 
@@ -22,7 +21,6 @@ def euler(run: SamplerRun, x: Tensor) -> Tensor:
 
 def euler_ancestral(run: SamplerRun, x: Tensor) -> Tensor:
     """Euler's step to a lower level than wanted, then fresh noise up to it. Source: Song et al. 2021, eq. 12 and 16."""
-    noise = device_noise(x, run.seed)
     for i, sigma, sigma_next in run.steps():
         x0 = run.denoise(x, sigma)
         run.on_step(i, x, x0)
@@ -31,10 +29,10 @@ def euler_ancestral(run: SamplerRun, x: Tensor) -> Tensor:
         if run.is_flow:
             down, scale, renoise = flow_ancestral_split(sigma, sigma_next)
             stepped = (down / sigma) * x + (1 - down / sigma) * x0
-            x = scale * stepped + noise(sigma, sigma_next) * renoise
+            x = scale * stepped + run.noise(sigma, sigma_next) * renoise
         else:
             down, up = ancestral_split(sigma, sigma_next)
-            x = x + (x - x0) / sigma * (down - sigma) + noise(sigma, sigma_next) * up
+            x = x + (x - x0) / sigma * (down - sigma) + run.noise(sigma, sigma_next) * up
     return x
 
 
@@ -55,7 +53,6 @@ def euler_cfg_pp(run: SamplerRun, x: Tensor) -> Tensor:
 
 def euler_ancestral_cfg_pp(run: SamplerRun, x: Tensor) -> Tensor:
     """`euler_cfg_pp` with an ancestral split of the next level, in sigma / alpha. Source: as there."""
-    noise = device_noise(x, run.seed)
     for i, sigma, sigma_next in run.steps():
         x0, negative_x0 = run.denoise_pair(x, sigma)
         run.on_step(i, x, x0)
@@ -64,7 +61,7 @@ def euler_ancestral_cfg_pp(run: SamplerRun, x: Tensor) -> Tensor:
         alpha, alpha_next = _alpha(run, sigma), _alpha(run, sigma_next)
         down, up = ancestral_split(sigma / alpha, sigma_next / alpha_next)
         direction = (x - alpha * negative_x0) / sigma
-        x = alpha_next * x0 + alpha_next * down * direction + alpha_next * noise(sigma, sigma_next) * up
+        x = alpha_next * x0 + alpha_next * down * direction + alpha_next * run.noise(sigma, sigma_next) * up
     return x
 
 

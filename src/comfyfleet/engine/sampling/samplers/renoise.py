@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from comfyfleet.engine.sampling.noise import device_noise
 from comfyfleet.engine.sampling.run import SamplerRun, noised
 
 
@@ -13,7 +12,6 @@ def ddpm(run: SamplerRun, x: Tensor) -> Tensor:
 
     In the chain's own space x' = x / sqrt(1 + sigma^2), with a = 1 / (1 + sigma^2) for the running product of alphas.
     """
-    noise = device_noise(x, run.seed)
     for i, sigma, sigma_next in run.steps():
         x0 = run.denoise(x, sigma)
         run.on_step(i, x, x0)
@@ -23,16 +21,15 @@ def ddpm(run: SamplerRun, x: Tensor) -> Tensor:
         inside = x / (1.0 + sigma**2.0).sqrt()
         x = (1.0 / alpha).sqrt() * (inside - (1 - alpha) * eps / (1 - kept).sqrt())
         if sigma_next > 0:
-            x = x + ((1 - alpha) * (1.0 - kept_next) / (1.0 - kept)).sqrt() * noise(sigma, sigma_next)
+            x = x + ((1 - alpha) * (1.0 - kept_next) / (1.0 - kept)).sqrt() * run.noise(sigma, sigma_next)
             x = x * (1.0 + sigma_next**2.0).sqrt()
     return x
 
 
 def lcm(run: SamplerRun, x: Tensor) -> Tensor:
     """x0, noised afresh to the next level. Source: Luo et al. 2023 (LCM), algorithm 3."""
-    noise = device_noise(x, run.seed)
     for i, sigma, sigma_next in run.steps():
         x0 = run.denoise(x, sigma)
         run.on_step(i, x, x0)
-        x = noised(noise(sigma, sigma_next), x0, sigma_next, is_flow=run.is_flow) if sigma_next > 0 else x0
+        x = noised(run.noise(sigma, sigma_next), x0, sigma_next, is_flow=run.is_flow) if sigma_next > 0 else x0
     return x

@@ -7,7 +7,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from comfyfleet.engine.sampling.noise import device_noise
 from comfyfleet.engine.sampling.run import SamplerRun, ancestral_split
 
 
@@ -16,7 +15,6 @@ def _res_multistep(run: SamplerRun, x: Tensor, *, ancestral: bool, cfg_pp: bool)
 
     CFG++ takes its direction from the negative prompt and adds the guidance apart.
     """
-    noise = device_noise(x, run.seed)
     last: Tensor | None = None
     last_down = run.sigmas[0]
     for i, sigma, sigma_next in run.steps():
@@ -36,7 +34,7 @@ def _res_multistep(run: SamplerRun, x: Tensor, *, ancestral: bool, cfg_pp: bool)
                 x = x + (x0 - base)
             x = h.neg().exp() * x + h * (b1 * base + b2 * last)
         if ancestral and sigma_next > 0:
-            x = x + noise(sigma, sigma_next) * up
+            x = x + run.noise(sigma, sigma_next) * up
         last, last_down = base, down
     return x
 

@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from comfyfleet.engine.sampling.noise import device_noise
 from comfyfleet.engine.sampling.run import SamplerRun, half_log_snr, starting_below_one
 
 PREDICTOR_ORDER = 3
@@ -23,7 +22,6 @@ def _sa_solver(run: SamplerRun, x: Tensor, *, evaluate_twice: bool) -> Tensor:
     """Predict, evaluate, correct; with `evaluate_twice` the corrected state is evaluated as well (PECE)."""
     if len(run.sigmas) <= 1:
         return x
-    noise = device_noise(x, run.seed)
     run = starting_below_one(run)
     sigmas, times = run.sigmas, half_log_snr(run, run.sigmas)
     first_noisy, last_noisy = run.table.percent_to_sigma(0.2), run.table.percent_to_sigma(0.8)
@@ -63,7 +61,7 @@ def _sa_solver(run: SamplerRun, x: Tensor, *, evaluate_twice: bool) -> Tensor:
         added = None
         if tau > 0:
             h = times[i + 1] - times[i]
-            added = noise(sigma, sigma_next) * sigma_next * (-2 * tau**2 * h).expm1().neg().sqrt()
+            added = run.noise(sigma, sigma_next) * sigma_next * (-2 * tau**2 * h).expm1().neg().sqrt()
             predicted = predicted + added
     return predicted
 

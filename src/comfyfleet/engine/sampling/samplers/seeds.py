@@ -9,13 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from comfyfleet.engine.sampling.noise import NoiseSource, device_noise
+from comfyfleet.engine.sampling.noise import NoiseSource
 from comfyfleet.engine.sampling.run import SamplerRun, half_log_snr, sigma_of, starting_below_one
 
 
 def seeds_2(run: SamplerRun, x: Tensor, r: float = 0.5) -> Tensor:
     """SEEDS-2 in data prediction: one stage at r, whose x0 is weighted 1 / (2r). Source: algorithm 2."""
-    noise = device_noise(x, run.seed)
     run = starting_below_one(run)
     for i, sigma, sigma_next in run.steps():
         x0 = run.denoise(x, sigma)
@@ -27,11 +26,11 @@ def seeds_2(run: SamplerRun, x: Tensor, r: float = 0.5) -> Tensor:
         middle = torch.lerp(start, end, r)
         sigma_middle = sigma_of(run, middle)
 
-        grown = _grown(None, noise, r * h, sigma, sigma_middle)
+        grown = _grown(None, run.noise, r * h, sigma, sigma_middle)
         there = _carried(x, sigma, sigma_middle, r * h) - sigma_middle * middle.exp() * _phi_1(r * h) * x0
         x0_there = run.denoise(there + sigma_middle * grown, sigma_middle)
 
-        grown = _grown(grown, noise, (1 - r) * h, sigma_middle, sigma_next)
+        grown = _grown(grown, run.noise, (1 - r) * h, sigma_middle, sigma_next)
         mixed = torch.lerp(x0, x0_there, 1 / (2 * r))
         x = _carried(x, sigma, sigma_next, h) - sigma_next * end.exp() * _phi_1(h) * mixed + sigma_next * grown
     return x
@@ -39,7 +38,6 @@ def seeds_2(run: SamplerRun, x: Tensor, r: float = 0.5) -> Tensor:
 
 def seeds_3(run: SamplerRun, x: Tensor, r1: float = 1.0 / 3, r2: float = 2.0 / 3) -> Tensor:
     """SEEDS-3 in data prediction: stages at r1 and r2. Source: algorithm 3."""
-    noise = device_noise(x, run.seed)
     run = starting_below_one(run)
     for i, sigma, sigma_next in run.steps():
         x0 = run.denoise(x, sigma)
@@ -51,17 +49,17 @@ def seeds_3(run: SamplerRun, x: Tensor, r1: float = 1.0 / 3, r2: float = 2.0 / 3
         time_1, time_2 = torch.lerp(start, end, r1), torch.lerp(start, end, r2)
         sigma_1, sigma_2 = sigma_of(run, time_1), sigma_of(run, time_2)
 
-        grown = _grown(None, noise, r1 * h, sigma, sigma_1)
+        grown = _grown(None, run.noise, r1 * h, sigma, sigma_1)
         there = _carried(x, sigma, sigma_1, r1 * h) - sigma_1 * time_1.exp() * _phi_1(r1 * h) * x0
         x0_1 = run.denoise(there + sigma_1 * grown, sigma_1)
 
-        grown = _grown(grown, noise, (r2 - r1) * h, sigma_1, sigma_2)
+        grown = _grown(grown, run.noise, (r2 - r1) * h, sigma_1, sigma_2)
         share = r2 / r1 * _phi_2(r2 * h)
         mixed = (_phi_1(r2 * h) - share) * x0 + share * x0_1
         there = _carried(x, sigma, sigma_2, r2 * h) - sigma_2 * time_2.exp() * mixed
         x0_2 = run.denoise(there + sigma_2 * grown, sigma_2)
 
-        grown = _grown(grown, noise, (1 - r2) * h, sigma_2, sigma_next)
+        grown = _grown(grown, run.noise, (1 - r2) * h, sigma_2, sigma_next)
         share = _phi_2(h) / r2
         mixed = (_phi_1(h) - share) * x0 + share * x0_2
         x = _carried(x, sigma, sigma_next, h) - sigma_next * end.exp() * mixed + sigma_next * grown
