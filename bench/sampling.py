@@ -40,6 +40,8 @@ class Echo:
 
 
 class Unscaled:
+    channels, axes = 8, 2
+
     def to_network(self, samples: Tensor) -> Tensor:
         return samples
 

@@ -119,7 +119,10 @@ LatentOperation = Callable[["Tensor"], "Tensor"]
 
 
 class LatentFormat(Protocol):
-    """How a model's latents are scaled between the VAE's space and the network's."""
+    """The form of a model's latents, and how they are scaled between the VAE's space and the network's."""
+
+    channels: int
+    axes: int  # after batch and channels: 2 for pictures and sound, 3 for films
 
     def to_network(self, samples: Tensor) -> Tensor: ...
 

@@ -67,6 +67,8 @@ def build_transformer(section: Checkpoint) -> AceTransformer:
 class AceLatentFormat:
     """The network works on latents as they are."""
 
+    channels, axes = 8, 2
+
     def to_network(self, samples: Tensor) -> Tensor:
         return samples
 

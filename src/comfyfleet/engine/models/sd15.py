@@ -280,6 +280,8 @@ def open_unet(section: Checkpoint, device: str = "cpu") -> UnetNetwork:
 class Sd15LatentFormat:
     """The network sees latents times 0.18215."""
 
+    channels, axes = 4, 2
+
     def to_network(self, samples: Tensor) -> Tensor:
         return samples * LATENT_SCALE
 

@@ -298,6 +298,8 @@ def open_wan(section: Checkpoint, device: str = "cpu") -> WanNetwork:
 class WanLatentFormat:
     """Each of the 16 channels to zero mean and unit deviation for the network, and back."""
 
+    channels, axes = 16, 3
+
     def __init__(self) -> None:
         self.mean = torch.tensor(LATENT_MEAN).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(LATENT_STD).view(1, -1, 1, 1, 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from comfyfleet.engine.registry import NodeRegistry, NodeRun, choice, integer, link, real
 from comfyfleet.engine.sampling.noise import initial_noise
 from comfyfleet.engine.sampling.preview import has_preview, preview
-from comfyfleet.engine.sampling.sample import sample
+from comfyfleet.engine.sampling.sample import fitted, sample
 from comfyfleet.engine.sampling.samplers import SAMPLERS
 from comfyfleet.engine.sampling.schedules import SCHEDULERS, FlowSigmas, cut, schedule
 from comfyfleet.engine.values import Conditioning, DiffusionModel, Latent, LatentOperation
@@ -57,6 +57,7 @@ def ksampler(
 ) -> tuple[Latent]:
     """Denoise a latent by `steps` steps; `denoise` below 1 starts from the latent instead of from pure noise."""
     sigmas = schedule(model.sigmas, scheduler=scheduler, sampler_name=sampler_name, steps=steps, denoise=denoise)
+    latent_image = replace(latent_image, samples=fitted(model, latent_image.samples))
     noise = initial_noise(latent_image.samples, seed, latent_image.batch_index)
     return _sampled(run, model, noise, latent_image, positive, negative, cfg, sampler_name, sigmas, seed)
 
@@ -106,6 +107,7 @@ def ksampler_advanced(
         end=end_at_step,
         leftover_noise=return_with_leftover_noise == "enable",
     )
+    latent_image = replace(latent_image, samples=fitted(model, latent_image.samples))
     if add_noise == "enable":
         noise = initial_noise(latent_image.samples, noise_seed, latent_image.batch_index)
     else:

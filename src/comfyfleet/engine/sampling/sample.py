@@ -22,6 +22,24 @@ from comfyfleet.engine.values import Conditioning, ConditioningEntry, DiffusionM
 StepCallback = Callable[[int, int, Tensor, Tensor], None]
 
 
+def fitted(model: DiffusionModel, samples: Tensor) -> Tensor:
+    """The latent in the model's form: an empty one takes its channels, a picture becomes a film of one frame.
+
+    Raises ValueError for a latent of another family: its values would mean nothing here.
+    """
+    wanted = model.latent_format
+    if wanted.axes == 3 and samples.dim() == 4:
+        samples = samples.unsqueeze(2)
+    if samples.shape[1] != wanted.channels and torch.count_nonzero(samples) == 0:
+        samples = samples.new_zeros(samples.shape[0], wanted.channels, *samples.shape[2:])
+    if samples.shape[1] != wanted.channels or samples.dim() != wanted.axes + 2:
+        raise ValueError(
+            f"latent_image of shape {tuple(samples.shape)} is of another model family: a {model.family} model takes "
+            f"{wanted.channels} channels and {wanted.axes} axes after them"
+        )
+    return samples
+
+
 @torch.no_grad()
 def sample(
     model: DiffusionModel,

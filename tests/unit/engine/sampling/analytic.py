@@ -13,6 +13,8 @@ from comfyfleet.engine.values import ConditioningEntry, DiffusionModel
 
 
 class Unscaled:
+    channels, axes = 4, 2
+
     def to_network(self, samples):
         return samples
 
@@ -22,6 +24,8 @@ class Unscaled:
 
 class Scaled:
     """Network space is twice the VAE's, plus one."""
+
+    channels, axes = 4, 2
 
     def to_network(self, samples):
         return samples * 2 + 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comfyfleet.engine.sampling.noise import initial_noise
-from comfyfleet.engine.sampling.sample import sample
+from comfyfleet.engine.sampling.sample import fitted, sample
 from comfyfleet.engine.sampling.samplers import SAMPLERS
 from comfyfleet.engine.sampling.schedules import schedule
 
@@ -197,3 +197,24 @@ def test_a_single_step_is_the_network_s_own_guess(prediction, sampler_name):
 
     assert torch.isfinite(out).all()
     assert float(out.mean()) == pytest.approx(2.0, abs=0.1)
+
+
+class FilmFormat(Scaled):
+    channels, axes = 16, 3
+
+
+def test_an_empty_picture_latent_becomes_a_film_of_one_frame_with_the_model_s_channels():
+    model = a_model(latent_format=FilmFormat())
+
+    assert fitted(model, torch.zeros(2, 4, 6, 8)).shape == (2, 16, 1, 6, 8)
+    assert fitted(model, torch.ones(1, 16, 6, 8)).shape == (1, 16, 1, 6, 8)
+    film = torch.ones(1, 16, 3, 6, 8)
+    assert fitted(model, film) is film
+
+
+@pytest.mark.parametrize(
+    ("latent_format", "shape"), [(FilmFormat(), (1, 4, 6, 8)), (Scaled(), (1, 16, 6, 8)), (Scaled(), (1, 4, 2, 6, 8))]
+)
+def test_a_latent_of_another_family_is_refused_with_both_shapes(latent_format, shape):
+    with pytest.raises(ValueError, match=r"another model family: a test model takes \d+ channels"):
+        fitted(a_model(latent_format=latent_format), torch.ones(shape))
