@@ -7,14 +7,16 @@ days that Signature V4 allows, and the answer says so.
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
 import obstore
-from obstore.exceptions import BaseError, NotFoundError
+from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import S3Store
 
 from comfyfleet.clock import Clock
@@ -40,7 +42,7 @@ class S3Storage:
         }
         if proxy_url:
             client["proxy_url"] = proxy_url
-        config: dict[str, Any] = {"endpoint": settings.endpoint_url} if settings.endpoint_url else {}
+        config: dict[str, Any] = {"endpoint": _checked_endpoint(settings.endpoint_url)} if settings.endpoint_url else {}
         try:
             self._store = S3Store(
                 settings.bucket,
@@ -110,17 +112,39 @@ class S3Storages:
         return found
 
 
+_STATUS = re.compile(r"status(?: code)?:? (\d{3})")
+_CODES = {
+    "<Code>NoSuchBucket<": "there is no such bucket",
+    "<Code>InvalidAccessKeyId<": "the credentials were refused",
+    "<Code>SignatureDoesNotMatch<": "the credentials were refused",
+    "<Code>RequestTimeTooSkewed<": "this machine's clock is wrong",
+    "kind: Timeout": "it took too long",
+    "kind: Connect": "the endpoint cannot be reached",
+    "kind: Request": "the connection broke off",
+}
+
+
 def _reason(problem: BaseException) -> str:
     """What happened in a few words: obstore's messages carry URLs and answers, which are not the caller's to see."""
-    text = f"{type(problem).__name__} {problem}".lower()
-    for words, reason in (
-        (("invalidaccesskeyid", "signaturedoesnotmatch", "unauthenticated", "401"), "the credentials were refused"),
-        (("permissiondenied", "accessdenied", "403"), "access was denied"),
-        (("nosuchbucket",), "there is no such bucket"),
-        (("timed out", "timeout", "elapsed"), "it took too long"),
-        (("dns", "connect", "connection", "unreachable"), "the endpoint cannot be reached"),
-        (("server error", "500", "502", "503", "504"), "the endpoint answered with a server error"),
-    ):
-        if any(word in text for word in words):
+    text = str(problem)
+    for mark, reason in _CODES.items():
+        if mark in text:
             return reason
-    return "the endpoint did not accept it"
+    if isinstance(problem, PermissionDeniedError | UnauthenticatedError):
+        return "access was denied"
+    found = _STATUS.search(text)
+    if found is None:
+        return "the endpoint did not accept it"
+    return f"server error {found[1]}" if found[1].startswith("5") else f"the endpoint answered {found[1]}"
+
+
+def _checked_endpoint(url: str) -> str:
+    """The endpoint, if it is an http or https URL with a host (obstore panics on others). Raises StorageFailed."""
+    try:
+        parts = urlsplit(url)
+        is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        is_good = False
+    if not is_good or any(letter.isspace() or letter in "\\{}<>|^`" for letter in url):
+        raise StorageFailed("the S3 endpoint is no http or https URL")
+    return url

@@ -32,7 +32,8 @@ from comfyfleet.worker.stages.input_store import InputFile, InputStore
 from comfyfleet.worker.stages.media import sniffed_type
 
 MAX_FILES = 64
-MAX_PIXELS = 16384 * 16384
+# Where Pillow, which engines load pictures with, begins to call a picture an attack.
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 _AT_ONCE = 8
 _REMEMBERED_URLS = 1000
 _S3_LINK_S = 3600.0

@@ -18,6 +18,7 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
+import structlog
 
 from comfyfleet.storage.base import Storage, StorageFailed
 from comfyfleet.storage.local import LocalStorage, place
@@ -26,6 +27,8 @@ from comfyfleet.wire.generation import GenerateInput, OutputEntry, S3Target
 from comfyfleet.worker.stages.destinations import Destinations
 from comfyfleet.worker.stages.history_files import NamedFile, located, named_files, relative_path, writes_in_place
 from comfyfleet.worker.stages.media import MediaFacts, media_facts, peaks, poster
+
+log = structlog.get_logger()
 
 POSTER_SUFFIX = ".poster.jpg"
 # Below this, copying costs less than the care that a shared inode needs.
@@ -150,8 +153,10 @@ class StoreOutputs:
                     if stored.has_poster:
                         await remote.put(_poster_path(target), key + POSTER_SUFFIX, media_type="image/jpeg")
             except StorageFailed as problem:
-                output.upload_error = str(problem)
-                remote = None
+                output.upload_error, remote = str(problem), None
+            except Exception:  # the stage boundary: a store's own bug costs the upload, not the job
+                log.exception("upload.crashed", key=key)
+                output.upload_error, remote = "the upload failed", None
         if stored.has_poster:
             output.poster_url = "poster"  # `_link` writes the real one
         await self._link(output, key, remote, where.expires_in_s)
