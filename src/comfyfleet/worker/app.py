@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from comfyfleet.wire.workflow import Graph
 from comfyfleet.worker.agent.agent import Agent, AgentFolders
 from comfyfleet.worker.agent.gpu import gpu_name
 from comfyfleet.worker.api.app import FilesMount, build
+from comfyfleet.worker.api.files_and_hooks import routes as files_and_hooks
 from comfyfleet.worker.api.generate import GenerateRoutes
 from comfyfleet.worker.api.metrics import WorkerMetrics
 from comfyfleet.worker.engines.client import EngineClient
@@ -68,6 +69,9 @@ async def running(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cl
     plans = plan_engines(settings.engines, folders, env)
     key = load_or_create_key(folders.files_key_file)
     storage = settings.storage
+    if not storage.files_url:  # nobody else serves this worker's files: it does so itself
+        host = "127.0.0.1" if settings.wrapper.host in ("0.0.0.0", "::", "") else settings.wrapper.host  # noqa: S104
+        storage = replace(storage, files_url=f"http://{host}:{settings.wrapper.port}")
     journal = Journal(
         folders.worker_dir / "journal.sqlite3",
         Sealer(load_or_create_key(folders.worker_dir / "journal.key"), "journal"),
@@ -131,6 +135,7 @@ async def serve(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cloc
             max_body_bytes=settings.wrapper.max_body_bytes,
             include_response=settings.wrapper.include_comfyui_response,
             files=FilesMount(root=settings.folders.output_dir, signer=worker.kit.signer),
+            beside=files_and_hooks(worker.kit, upload_max_bytes=settings.fetch.input_max_bytes),
         )
         config = uvicorn.Config(
             app,

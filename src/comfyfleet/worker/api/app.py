@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -60,8 +60,9 @@ def build(
     max_body_bytes: int,
     include_response: bool,
     files: FilesMount | None,
+    beside: APIRouter | None = None,
 ) -> ASGIApp:
-    """The whole application."""
+    """The whole application. `beside`: routes that know files and webhooks (`api.files_and_hooks`)."""
     app = FastAPI(
         title="comfyfleet worker",
         version="1",
@@ -101,6 +102,8 @@ def build(
     async def scrape() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    if beside is not None:
+        app.include_router(beside)
     if files is not None:
         app.mount("/files", files_app(files.root, files.signer))
     return Guard(_Switch(hot, app), key=key)
