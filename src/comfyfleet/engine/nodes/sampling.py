@@ -13,7 +13,7 @@ from torch import Tensor
 from comfyfleet.engine.registry import NodeRegistry, NodeRun, choice, integer, link, real
 from comfyfleet.engine.sampling.noise import initial_noise
 from comfyfleet.engine.sampling.preview import has_preview, preview
-from comfyfleet.engine.sampling.sample import fitted, sample
+from comfyfleet.engine.sampling.sample import StepCallback, fitted, sample
 from comfyfleet.engine.sampling.samplers import SAMPLERS
 from comfyfleet.engine.sampling.schedules import SCHEDULERS, FlowSigmas, cut, schedule
 from comfyfleet.engine.values import Conditioning, DiffusionModel, Latent, LatentOperation
@@ -59,7 +59,20 @@ def ksampler(
     sigmas = schedule(model.sigmas, scheduler=scheduler, sampler_name=sampler_name, steps=steps, denoise=denoise)
     latent_image = replace(latent_image, samples=fitted(model, latent_image.samples))
     noise = initial_noise(latent_image.samples, seed, latent_image.batch_index)
-    return _sampled(run, model, noise, latent_image, positive, negative, cfg, sampler_name, sigmas, seed)
+    samples = sample(
+        model,
+        noise=noise,
+        latent=latent_image.samples,
+        positive=positive,
+        negative=negative,
+        cfg=cfg,
+        sampler_name=sampler_name,
+        sigmas=sigmas,
+        seed=seed,
+        callback=_teller(run, model),
+        noise_mask=latent_image.noise_mask,
+    )
+    return (replace(latent_image, samples=samples),)
 
 
 @NODES.node(
@@ -113,7 +126,20 @@ def ksampler_advanced(
     else:
         # Zero noise, not none: a flow's entry then scales the latent by 1 - sigma, undoing the former part's exit.
         noise = torch.zeros_like(latent_image.samples)
-    return _sampled(run, model, noise, latent_image, positive, negative, cfg, sampler_name, sigmas, noise_seed)
+    samples = sample(
+        model,
+        noise=noise,
+        latent=latent_image.samples,
+        positive=positive,
+        negative=negative,
+        cfg=cfg,
+        sampler_name=sampler_name,
+        sigmas=sigmas,
+        seed=noise_seed,
+        callback=_teller(run, model),
+        noise_mask=latent_image.noise_mask,
+    )
+    return (replace(latent_image, samples=samples),)
 
 
 @NODES.node(
@@ -166,36 +192,11 @@ def tonemap_reinhard(latent: Tensor, multiplier: float) -> Tensor:
     return latent * (top / (top + norm))
 
 
-def _sampled(
-    run: NodeRun,
-    model: DiffusionModel,
-    noise: Tensor,
-    latent: Latent,
-    positive: Conditioning,
-    negative: Conditioning,
-    cfg: float,
-    sampler_name: str,
-    sigmas: Tensor,
-    seed: int,
-) -> tuple[Latent]:
-    """Run the sampler, telling each step to the node's run, which stops it there when it was interrupted."""
-
+def _teller(run: NodeRun, model: DiffusionModel) -> StepCallback:
+    """Tells each step to the node's run, which stops the sampler there when it was interrupted."""
     is_visible = has_preview(model)
 
-    def on_step(step: int, steps: int, x0: Tensor, _x: Tensor) -> None:
+    def tell(step: int, steps: int, x0: Tensor, _x: Tensor) -> None:
         run.progress(step + 1, steps, (lambda: preview(model, x0)) if is_visible else None)
 
-    samples = sample(
-        model,
-        noise=noise,
-        latent=latent.samples,
-        positive=positive,
-        negative=negative,
-        cfg=cfg,
-        sampler_name=sampler_name,
-        sigmas=sigmas,
-        seed=seed,
-        callback=on_step,
-        noise_mask=latent.noise_mask,
-    )
-    return (replace(latent, samples=samples),)
+    return tell

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from comfyfleet.engine.sampling.guidance import Guide
 from comfyfleet.engine.sampling.noise import device_noise, initial_noise
-from comfyfleet.engine.sampling.run import Denoise, SamplerRun, noised
+from comfyfleet.engine.sampling.run import Denoise, DenoisePair, SamplerRun, noised
 from comfyfleet.engine.sampling.samplers import SAMPLERS
 from comfyfleet.engine.values import Conditioning, ConditioningEntry, DiffusionModel
 
@@ -73,21 +73,11 @@ def sample(
     is_flow = model.prediction == "flow"
     guide = Guide(model, positive=_on(device, positive), negative=_on(device, negative), scale=cfg, noise=noise)
     denoise: Denoise = guide
-    denoise_pair = guide.pair
+    denoise_pair: DenoisePair = guide.pair
     if noise_mask is not None:
         mask = _mask_like(noise_mask.to(device), noise)
-        masked_noise = initial_noise(noise, seed + 1).to(device) if sampler_name == "ddim" else noise
-
-        def shown(x: Tensor, sigma: Tensor) -> Tensor:
-            kept = noised(masked_noise, latent, sigma, is_flow=is_flow)
-            return x * mask + kept * (1.0 - mask)
-
-        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            return guide(shown(x, sigma), sigma) * mask + latent * (1.0 - mask)
-
-        def denoise_pair(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-            guided, negative_x0 = guide.pair(shown(x, sigma), sigma)
-            return guided * mask + latent * (1.0 - mask), negative_x0
+        shown_noise = initial_noise(noise, seed + 1).to(device) if sampler_name == "ddim" else noise
+        denoise, denoise_pair = _masked(guide, mask, noise=shown_noise, latent=latent, is_flow=is_flow)
 
     steps = len(sigmas) - 1
 
@@ -121,6 +111,23 @@ def _entered(noise: Tensor, latent: Tensor, run: SamplerRun) -> Tensor:
         # At the top the picture's own variance, 1, is made up for.
         return noise * torch.sqrt(1.0 + sigma**2.0) + latent
     return noised(noise, latent, sigma, is_flow=run.is_flow)
+
+
+def _masked(guide: Guide, mask: Tensor, *, noise: Tensor, latent: Tensor, is_flow: bool) -> tuple[Denoise, DenoisePair]:
+    """Predictions that keep the latent where the mask is 0: there the network is shown the latent, noised alike."""
+    kept = 1.0 - mask
+
+    def shown(x: Tensor, sigma: Tensor) -> Tensor:
+        return x * mask + noised(noise, latent, sigma, is_flow=is_flow) * kept
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return guide(shown(x, sigma), sigma) * mask + latent * kept
+
+    def denoise_pair(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        guided, negative_x0 = guide.pair(shown(x, sigma), sigma)
+        return guided * mask + latent * kept, negative_x0
+
+    return denoise, denoise_pair
 
 
 def _mask_like(mask: Tensor, latent: Tensor) -> Tensor:
