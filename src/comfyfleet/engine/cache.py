@@ -14,6 +14,8 @@ from typing import Any
 
 from comfyfleet.engine.events import Ui
 
+ENTRY_BYTES = 1024  # what remembering any result costs, so that small ones are bounded too
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileState:
@@ -75,13 +77,16 @@ class ResultCache:
         if signature in self._results:
             self._drop(signature)
         own_bytes, weights = measure(result.outputs)
+        own_bytes += ENTRY_BYTES
+        if own_bytes + sum(size for key, size in weights if key not in self._holders) > self._limit_bytes:
+            return  # it would push everything else out and still not fit
         self._results[signature] = (result, own_bytes, weights)
         self.size_bytes += own_bytes
         for key, weight_bytes in weights:
             self._holders[key] += 1
             if self._holders[key] == 1:
                 self.size_bytes += weight_bytes
-        while self.size_bytes > self._limit_bytes and len(self._results) > 1:
+        while self.size_bytes > self._limit_bytes:
             self._drop(next(iter(self._results)))
 
     def clear(self) -> None:

@@ -7,8 +7,9 @@ running out of memory are outcomes. It stops between nodes and wherever a node t
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from comfyfleet.clock import Clock
@@ -92,6 +93,7 @@ class _Run:
         self._executed: list[str] = []
         self._results: dict[str, Result] = {}
         self._written: list[FileState] = []
+        self._waiting_users: Counter[str] = Counter()
         self.node_id = ""
         self.folders = owner.folders
         self.prompt = job.graph
@@ -124,6 +126,7 @@ class _Run:
         known_nodes = set(self._results)
         is_output = {node_id: self._declaration(node["class_type"]).is_output for node_id, node in graph.items()}
         plan = Plan(graph, self._job.outputs, is_output=is_output, known=known_nodes)
+        self._waiting_users = Counter(source for node_id in plan for source in self._sources(node_id, known_nodes))
         while (next_node := plan.next_node()) is not None:
             node_id = self.node_id = next_node
             if node_id in known_nodes:
@@ -135,6 +138,7 @@ class _Run:
                 if node_id not in self._results:
                     return self._outcome("interrupted", None)
                 self._executed.append(node_id)
+                self._let_go(node_id)
             plan.finish(node_id)
         self._emit(events.RunSucceeded(timestamp_ms=owner.now_ms()))
         return self._outcome("success", None)
@@ -172,6 +176,18 @@ class _Run:
             self._emit(events.NodeShown(node=node_id, ui=result.ui))
         self._emit(events.NodeFinished(node=node_id))
         return None
+
+    def _sources(self, node_id: str, known_nodes: Collection[str] = ()) -> set[str]:
+        if node_id in known_nodes:
+            return set()
+        return {value[0] for value in self._job.graph[node_id]["inputs"].values() if is_link(value)}
+
+    def _let_go(self, node_id: str) -> None:
+        """What this node took and nobody else waits for lives on in the cache only, if there."""
+        for source in self._sources(node_id):
+            self._waiting_users[source] -= 1
+            if self._waiting_users[source] == 0:
+                self._results[source] = replace(self._results[source], outputs=())
 
     def _inputs(self, node_id: str) -> dict[str, Any]:
         node = self._job.graph[node_id]

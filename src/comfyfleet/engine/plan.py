@@ -7,7 +7,7 @@ whose result an output waits for, then one that is two links away from an output
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from comfyfleet.wire.workflow import is_link
@@ -53,12 +53,9 @@ class Plan:
     def __len__(self) -> int:
         return len(self._waits_for)
 
-    def __contains__(self, node_id: str) -> bool:
-        return node_id in self._waits_for
-
-    def users(self, node_id: str) -> int:
-        """How many nodes still to run take something from this one."""
-        return len(self._users[node_id])
+    def __iter__(self) -> Iterator[str]:
+        """The nodes that this plan visits, as they were found."""
+        return iter(self._waits_for)
 
     def next_node(self) -> str | None:
         """The node to run now, or None when nothing is left."""
