@@ -1,50 +1,25 @@
 """What a client of ComfyUI 0.3.64 may count on, asked of every engine we ship.
 
-One more engine is one more line in ENGINES. Where the engines differ on purpose the test says whom it is for.
+Which engines: `conftest.ENGINES`. Files and descriptions are in `test_engine_files.py`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator
 
 import aiohttp
 import pytest
 
-from support.engine_process import RunningEngine, Talk, embedded_engine, picture, slow_picture
-
-ENGINES: dict[str, Callable] = {"embedded": embedded_engine}
+from support.engine_process import RunningEngine, Talk, picture, slow_picture
 
 pytestmark = [pytest.mark.slow, pytest.mark.anyio]
-
-
-@pytest.fixture(scope="module", params=list(ENGINES))
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEngine]:
-    with ENGINES[request.param](tmp_path_factory.mktemp(request.param)) as running:
-        yield running
-
-
-@pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as opened:
-        yield opened
-
-
-@pytest.fixture
-async def client(engine: RunningEngine, session: aiohttp.ClientSession) -> AsyncIterator[Talk]:
-    talk = await Talk(engine, session, "client-a").listen()
-    yield talk
-    await talk.socket.close()
-
-
-colors = iter(range(1, 0xFFFFFF))
 
 
 # A run, told
 
 
-async def test_a_first_run_is_told_in_comfyuis_order(client: Talk) -> None:
+async def test_a_first_run_is_told_in_comfyuis_order(client: Talk, colors: Iterator[int]) -> None:
     assert client.greeting["data"]["sid"] == "client-a"
     client.forget()
 
@@ -71,7 +46,7 @@ async def test_a_first_run_is_told_in_comfyuis_order(client: Talk) -> None:
     }
 
 
-async def test_a_history_entry_has_comfyuis_shape(client: Talk) -> None:
+async def test_a_history_entry_has_comfyuis_shape(client: Talk, colors: Iterator[int]) -> None:
     entry = await client.run(picture(next(colors), "shape"), extra_data={"api_key_comfy_org": "secret", "mine": 1})
 
     number, prompt_id, prompt, extra_data, outputs = entry["prompt"]
@@ -90,7 +65,7 @@ async def test_a_history_entry_has_comfyuis_shape(client: Talk) -> None:
     assert all(data["prompt_id"] == prompt_id and data["timestamp"] > 1e12 for _, data in entry["status"]["messages"])
 
 
-async def test_a_repeat_is_answered_from_the_cache_with_the_old_file(client: Talk) -> None:
+async def test_a_repeat_is_answered_from_the_cache_with_the_old_file(client: Talk, colors: Iterator[int]) -> None:
     prompt = picture(next(colors), "repeat")
     first = await client.run(prompt)
     client.forget()
@@ -106,7 +81,9 @@ async def test_a_repeat_is_answered_from_the_cache_with_the_old_file(client: Tal
     assert second["outputs"] == first["outputs"]
 
 
-async def test_a_failure_is_told_and_remembered_and_the_good_branch_keeps_its_file(client: Talk) -> None:
+async def test_a_failure_is_told_and_remembered_and_the_good_branch_keeps_its_file(
+    client: Talk, colors: Iterator[int]
+) -> None:
     (client.engine.input / "bad.png").write_bytes(b"no picture")
     graph = {
         "1": {"class_type": "LoadImage", "inputs": {"image": "bad.png"}},
@@ -132,7 +109,9 @@ async def test_a_failure_is_told_and_remembered_and_the_good_branch_keeps_its_fi
 # Who hears what
 
 
-async def test_another_client_hears_only_the_queue(engine: RunningEngine, session: aiohttp.ClientSession) -> None:
+async def test_another_client_hears_only_the_queue(
+    engine: RunningEngine, session: aiohttp.ClientSession, colors: Iterator[int]
+) -> None:
     mine, other = await Talk(engine, session, "mine").listen(), await Talk(engine, session, "other").listen()
     mine.forget(), other.forget()
 
@@ -143,7 +122,7 @@ async def test_another_client_hears_only_the_queue(engine: RunningEngine, sessio
     await mine.socket.close(), await other.socket.close()
 
 
-async def test_a_prompt_of_nobody_is_told_to_everyone_but_only_in_part(client: Talk) -> None:
+async def test_a_prompt_of_nobody_is_told_to_everyone_but_only_in_part(client: Talk, colors: Iterator[int]) -> None:
     client.forget()
 
     status, answer = await client.post("/prompt", {"prompt": picture(next(colors))})
@@ -156,7 +135,7 @@ async def test_a_prompt_of_nobody_is_told_to_everyone_but_only_in_part(client: T
 
 
 async def test_a_reconnect_is_told_the_node_that_runs_and_then_the_rest(
-    engine: RunningEngine, session: aiohttp.ClientSession
+    engine: RunningEngine, session: aiohttp.ClientSession, colors: Iterator[int]
 ) -> None:
     first = await Talk(engine, session, "again").listen()
     _, answer = await first.submit(slow_picture(next(colors)))
@@ -175,7 +154,7 @@ async def test_a_reconnect_is_told_the_node_that_runs_and_then_the_rest(
 
 
 async def test_features_are_agreed_once_and_by_the_first_message_that_parses(
-    engine: RunningEngine, session: aiohttp.ClientSession
+    engine: RunningEngine, session: aiohttp.ClientSession, colors: Iterator[int]
 ) -> None:
     talk = Talk(engine, session, "features")
     talk.socket = await session.ws_connect(f"{engine.url}/ws?clientId=features")
@@ -193,7 +172,7 @@ async def test_features_are_agreed_once_and_by_the_first_message_that_parses(
 
 
 async def test_comfyuis_own_websocket_example_works_unchanged(
-    engine: RunningEngine, session: aiohttp.ClientSession
+    engine: RunningEngine, session: aiohttp.ClientSession, colors: Iterator[int]
 ) -> None:
     async with session.ws_connect(f"{engine.url}/ws?clientId=example") as socket:
         body = json.dumps({"prompt": picture(next(colors), "example"), "client_id": "example"}).encode()
@@ -216,7 +195,7 @@ async def test_comfyuis_own_websocket_example_works_unchanged(
 # The queue
 
 
-async def test_lower_numbers_run_first_and_front_goes_before(client: Talk) -> None:
+async def test_lower_numbers_run_first_and_front_goes_before(client: Talk, colors: Iterator[int]) -> None:
     _, running = await client.submit(slow_picture(next(colors)))
     await client.until("executing", node="10")
     answers = {}
@@ -241,7 +220,7 @@ async def test_lower_numbers_run_first_and_front_goes_before(client: Talk) -> No
     assert started == [answers[name]["prompt_id"] for name in ("front", "number", "plain", "own")]
 
 
-async def test_a_deleted_prompt_leaves_no_trace_and_a_running_one_stays(client: Talk) -> None:
+async def test_a_deleted_prompt_leaves_no_trace_and_a_running_one_stays(client: Talk, colors: Iterator[int]) -> None:
     _, running = await client.submit(slow_picture(next(colors)))
     await client.until("executing", node="10")
     _, waiting = await client.submit(picture(next(colors)))
@@ -254,7 +233,7 @@ async def test_a_deleted_prompt_leaves_no_trace_and_a_running_one_stays(client: 
     assert (await client.get(f"/history/{waiting['prompt_id']}"))[1] == {}
 
 
-async def test_an_interrupt_stops_only_the_prompt_it_names(client: Talk) -> None:
+async def test_an_interrupt_stops_only_the_prompt_it_names(client: Talk, colors: Iterator[int]) -> None:
     _, running = await client.submit(slow_picture(next(colors)))
     await client.until("executing", node="10")
 
@@ -270,7 +249,9 @@ async def test_an_interrupt_stops_only_the_prompt_it_names(client: Talk) -> None
     assert entry["status"]["messages"][-1][0] == "execution_interrupted"
 
 
-async def test_an_interrupt_without_a_body_stops_what_runs_and_the_next_one_is_not_hit(client: Talk) -> None:
+async def test_an_interrupt_without_a_body_stops_what_runs_and_the_next_one_is_not_hit(
+    client: Talk, colors: Iterator[int]
+) -> None:
     assert await client.post("/interrupt") == (200, "")
     assert (await client.run(picture(next(colors))))["status"]["completed"]
 
@@ -282,7 +263,7 @@ async def test_an_interrupt_without_a_body_stops_what_runs_and_the_next_one_is_n
     assert (await client.run(picture(next(colors))))["status"]["completed"]
 
 
-async def test_history_is_paged_deleted_and_cleared(client: Talk) -> None:
+async def test_history_is_paged_deleted_and_cleared(client: Talk, colors: Iterator[int]) -> None:
     ids = [(await client.run(picture(next(colors))))["prompt"][1] for _ in range(3)]
 
     assert list((await client.get("/history?max_items=2"))[1]) == ids[1:]
@@ -293,7 +274,7 @@ async def test_history_is_paged_deleted_and_cleared(client: Talk) -> None:
     assert (await client.get("/history"))[1] == {}
 
 
-async def test_free_makes_the_next_identical_prompt_run_again(client: Talk) -> None:
+async def test_free_makes_the_next_identical_prompt_run_again(client: Talk, colors: Iterator[int]) -> None:
     prompt = picture(next(colors), "freed")
     await client.run(prompt)
 
@@ -301,125 +282,3 @@ async def test_free_makes_the_next_identical_prompt_run_again(client: Talk) -> N
     entry = await client.run(prompt)
 
     assert entry["outputs"]["2"]["images"][0]["filename"] == "freed_00002_.png"
-
-
-# Files
-
-
-async def test_view_gives_ranges_previews_channels_and_refuses_to_leave_its_folder(client: Talk) -> None:
-    await client.run(picture(0x123456, "view"))
-    url = f"{client.engine.url}/view?filename=view_00001_.png"
-
-    async with client.http.get(url) as whole:
-        content = await whole.read()
-        assert (whole.status, whole.content_type) == (200, "image/png")
-        assert whole.headers["Content-Disposition"] == 'filename="view_00001_.png"'
-        assert whole.headers["ETag"]
-    async with client.http.get(url, headers={"Range": "bytes=0-15"}) as part:
-        assert (part.status, await part.read()) == (206, content[:16])
-        assert part.headers["Content-Range"] == f"bytes 0-15/{len(content)}"
-    async with client.http.get(url, headers={"Range": "bytes=999999-"}) as beyond:
-        assert beyond.status == 416
-    async with client.http.head(url) as head:
-        assert (head.status, head.headers["Content-Length"]) == (200, str(len(content)))
-    async with client.http.get(url + "&preview=webp;50") as preview:
-        assert (preview.content_type, (await preview.read())[8:12]) == ("image/webp", b"WEBP")
-    async with client.http.get(url + "&channel=a") as alpha:
-        assert (await alpha.read()).startswith(b"\x89PNG")
-    for query, status in {
-        "filename=../../etc/passwd": 400,
-        "filename=/etc/passwd": 400,
-        "filename=view_00001_.png&type=models": 400,
-        "filename=view_00001_.png&subfolder=../../..": 403,
-        "filename=missing.png": 404,
-    }.items():
-        async with client.http.get(f"{client.engine.url}/view?{query}") as refused:
-            assert refused.status == status, query
-
-
-async def upload(client: Talk, content: bytes, **fields: str) -> tuple[int, dict | str]:
-    form = aiohttp.FormData()
-    form.add_field("image", content, filename=fields.pop("name", "red.png"))
-    for name, value in fields.items():
-        form.add_field(name, value)
-    return await client.post("/upload/image", data=form)
-
-
-async def test_an_upload_keeps_its_name_unless_another_file_has_it(client: Talk) -> None:
-    assert await upload(client, b"one") == (200, {"name": "red.png", "subfolder": "", "type": "input"})
-    assert (await upload(client, b"one"))[1]["name"] == "red.png"
-    assert (await upload(client, b"two"))[1]["name"] == "red (1).png"
-    assert (await upload(client, b"three", overwrite="true"))[1]["name"] == "red.png"
-    assert (client.engine.input / "red.png").read_bytes() == b"three"
-    assert (await upload(client, b"x", subfolder="a/b", type="temp"))[1] == {
-        "name": "red.png",
-        "subfolder": "a/b",
-        "type": "temp",
-    }
-    assert (await upload(client, b"x", subfolder="../../x"))[0] == 400
-
-
-async def test_an_uploaded_picture_can_be_loaded_from_its_folder(client: Talk) -> None:
-    made = await client.run(picture(0xFF0000, "again"))
-    content = (client.engine.output / made["outputs"]["2"]["images"][0]["filename"]).read_bytes()
-    _, stored = await upload(client, content, name="mine.png", subfolder="here")
-
-    entry = await client.run(
-        {
-            "1": {"class_type": "LoadImage", "inputs": {"image": f"{stored['subfolder']}/{stored['name']}"}},
-            "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
-        }
-    )
-
-    (shown,) = entry["outputs"]["2"]["images"]
-    assert shown["type"] == "temp"
-    assert shown["filename"].startswith("ComfyUI_temp_")
-
-
-# What it says of itself
-
-
-async def test_it_describes_itself(client: Talk) -> None:
-    _, stats = await client.get("/system_stats")
-    assert {"os", "ram_total", "ram_free", "comfyui_version", "python_version", "pytorch_version", "argv"} <= set(
-        stats["system"]
-    )
-    assert {"name", "type", "index", "vram_total", "vram_free", "torch_vram_total", "torch_vram_free"} <= set(
-        stats["devices"][0]
-    )
-    assert (await client.get("/features"))[1] == {"supports_preview_metadata": True, "max_upload_size": 104857600}
-    assert "checkpoints" in (await client.get("/models"))[1]
-    assert (await client.get("/embeddings"))[1] == []
-    assert (await client.get("/api/prompt"))[1] == {"exec_info": {"queue_remaining": 0}}
-    assert (await client.get("/object_info/Nope"))[1] == {}
-    _, described = await client.get("/object_info/EmptyImage")
-    assert described["EmptyImage"]["input"]["required"]["width"] == [
-        "INT",
-        {"default": 512, "min": 1, "max": 16384, "step": 1},
-    ]
-    assert described["EmptyImage"]["input_order"] == {"required": ["width", "height", "batch_size", "color"]}
-    assert described["EmptyImage"]["output"] == ["IMAGE"]
-
-
-async def test_a_foreign_page_cannot_drive_it(client: Talk) -> None:
-    evil = {"Origin": "http://evil.example"}
-
-    async with client.http.post(f"{client.engine.url}/prompt", json={}, headers=evil) as refused:
-        assert refused.status == 403
-    with pytest.raises(aiohttp.WSServerHandshakeError) as no_socket:
-        await client.http.ws_connect(f"{client.engine.url}/ws?clientId=evil", headers=evil)
-    assert no_socket.value.status == 403
-    same = {"Origin": client.engine.url}
-    async with client.http.post(
-        f"{client.engine.url}/prompt", json={"prompt": picture(next(colors))}, headers=same
-    ) as accepted:
-        assert accepted.status == 200
-
-
-async def test_many_prompts_at_once_all_end(client: Talk) -> None:
-    answers = await asyncio.gather(*(client.submit(picture(next(colors), "many")) for _ in range(20)))
-
-    entries = [await client.entry(answer["prompt_id"]) for _, answer in answers]
-
-    names = [entry["outputs"]["2"]["images"][0]["filename"] for entry in entries]
-    assert len(set(names)) == 20

@@ -10,6 +10,7 @@ from comfyfleet.engine.cache import ResultCache
 from comfyfleet.engine.executor import Executor
 from comfyfleet.engine.folders import EngineFolders
 from comfyfleet.engine.memory import Residency, default_cache_bytes
+from comfyfleet.engine.miniatures import ensure
 from comfyfleet.engine.nodes import all_nodes
 from comfyfleet.engine.render.messages import Device
 from comfyfleet.engine.render.setup import RenderSettings
@@ -18,8 +19,9 @@ MODEL_SHARE = 0.85  # of a device's memory; the rest is for activations
 
 
 def make_executor(settings: RenderSettings, folders: EngineFolders, clock: Clock) -> Executor:
-    """Call once, on the thread that will render: gradients are off for it."""
+    """Call once, on the thread that will render: gradients are off for it. Makes missing miniatures first."""
     torch.set_grad_enabled(False)
+    ensure(settings.miniatures_dir)
     total = devices(settings.device)[0].vram_total
     return Executor(
         registry=all_nodes(),
