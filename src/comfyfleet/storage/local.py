@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from urllib.parse import quote
 
@@ -60,7 +60,7 @@ def place(source: Path, target: Path, copy: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists() and not copy and target.samefile(source):
         return
-    draft = Path(tempfile.mktemp(dir=target.parent, prefix=".part-"))  # noqa: S306 - link() refuses an existing name
+    draft = target.parent / f".part-{secrets.token_hex(6)}"
     try:
         if copy:
             shutil.copyfile(source, draft)
@@ -73,6 +73,26 @@ def place(source: Path, target: Path, copy: bool) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             draft.unlink()
+
+
+def place_bytes(data: bytes, target: Path) -> None:
+    """Make `target` hold these bytes, at once or not at all. Blocking."""
+    draft = f"{target.parent}/.part-{secrets.token_hex(6)}"
+    try:
+        file = open(draft, "xb", buffering=0)  # noqa: SIM115 - closed below, on every way out
+    except FileNotFoundError:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = open(draft, "xb", buffering=0)  # noqa: SIM115
+    try:
+        with file:
+            written = 0
+            while written < len(data):
+                written += file.write(memoryview(data)[written:])
+        os.replace(draft, target)
+    except OSError:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
+        raise
 
 
 def _remove(path: Path, root: Path) -> None:

@@ -51,12 +51,15 @@ class MediaFacts:
     sample_rate: int | None = None
 
 
-def media_facts(path: Path) -> MediaFacts:
-    """Look at a file. Never raises for what is in it; raises OSError when it cannot be read."""
-    mime = sniffed_type(path)
+def media_facts(path: Path, data: bytes | None = None) -> MediaFacts:
+    """Look at a file, or at its `data` where that was read already.
+
+    Never raises for what is in it; raises OSError when it cannot be read.
+    """
+    mime = sniffed_type(path) if data is None else type_of_bytes(data[:_HEAD_BYTES], path.name)
     family = mime.partition("/")[0]
     if family == "image":
-        return _image_facts(path, mime)
+        return _image_facts(path if data is None else io.BytesIO(data), mime)
     if family in ("video", "audio"):
         return _container_facts(path, mime)
     return MediaFacts(kind="text" if family == "text" or mime == "application/json" else "file", mime=mime)
@@ -118,10 +121,10 @@ def _by_signature(head: bytes) -> str:
     return ""
 
 
-def _image_facts(path: Path, mime: str) -> MediaFacts:
+def _image_facts(source: Path | io.BytesIO, mime: str) -> MediaFacts:
     facts = MediaFacts(kind="image", mime=mime)
     try:
-        with Image.open(path) as image:  # reads the header only
+        with Image.open(source) as image:  # reads the header only
             frames = getattr(image, "n_frames", 1)
             return replace(facts, width=image.width, height=image.height, frames=frames if frames > 1 else None)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):

@@ -10,9 +10,11 @@ from __future__ import annotations
 import base64
 import errno
 import hashlib
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import anyio.to_thread
 import structlog
 
 from comfyfleet.storage.base import Storage, StorageFailed
-from comfyfleet.storage.local import LocalStorage, place
+from comfyfleet.storage.local import LocalStorage, place, place_bytes
 from comfyfleet.wire.errors import DiskFull
 from comfyfleet.wire.generation import GenerateInput, OutputEntry, S3Target
 from comfyfleet.worker.stages.destinations import Destinations
@@ -96,7 +98,10 @@ class StoreOutputs:
         async with anyio.create_task_group() as files:
             for output, one, key in zip(outputs, named, keys, strict=True):
                 output.upload_error = refused
-                files.start_soon(self._store_one, output, one, key, where, full)
+                if len(outputs) == 1:
+                    await self._store_one(output, one, key, where, full)
+                else:
+                    files.start_soon(self._store_one, output, one, key, where, full)
         if full:
             raise full[0]
         if request.return_outputs_as_base64:
@@ -226,25 +231,43 @@ def missing_files(entry: Mapping[str, Any], folders: Mapping[str, Path]) -> list
 
 def _keep(source: Path | None, text: str | None, target: Path, folder: Path | None, copy: bool) -> _Stored:
     """Place one file at `target` and look at it. Blocking; raises OSError."""
-    if text is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
-    elif source is not None and folder is not None:
-        real = source.resolve(strict=True)
-        if not real.is_relative_to(folder.resolve()) or not real.is_file():
-            raise FileNotFoundError(source.name)
-        place(real, target, copy or real.stat().st_size < COPY_BELOW_BYTES)
-    facts = media_facts(target)
+    data = text.encode() if text is not None else None
+    size = 0
+    if data is None and source is not None and folder is not None:
+        real, size = _contained(source, folder)
+        if size < COPY_BELOW_BYTES:
+            data = real.read_bytes()
+        else:
+            place(real, target, copy)
+    if data is not None:  # small: read once, for all that is to be done with it
+        place_bytes(data, target)
+        size = len(data)
+    facts = media_facts(target, data)
     picture = poster(target) if facts.kind == "video" else None
     if picture is not None:
-        _poster_path(target).write_bytes(picture)
+        place_bytes(picture, _poster_path(target))
     return _Stored(
-        size_bytes=target.stat().st_size,
-        sha256=_sha256(target),
+        size_bytes=size,
+        sha256=hashlib.sha256(data).hexdigest() if data is not None else _sha256(target),
         facts=facts,
         has_poster=picture is not None,
         peaks=peaks(target, facts.duration_s) if facts.kind == "audio" else None,
     )
+
+
+def _contained(source: Path, folder: Path) -> tuple[Path, int]:
+    """The real file and its size. Raises FileNotFoundError for one that a link leads out of the folder."""
+    real = os.path.realpath(source, strict=True)
+    facts = os.stat(real)
+    if not stat.S_ISREG(facts.st_mode) or not real.startswith(_real_folder(folder)):
+        raise FileNotFoundError(source.name)
+    return Path(real), facts.st_size
+
+
+@lru_cache(maxsize=256)
+def _real_folder(folder: Path) -> str:
+    """The folder's real path with its slash; an engine's folders do not move while it runs."""
+    return os.path.join(os.path.realpath(folder), "")
 
 
 def _sha256(path: Path) -> str:
