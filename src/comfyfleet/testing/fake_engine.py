@@ -11,6 +11,7 @@ A trivial job takes 4 ms, which is what a real ComfyUI takes for one.
 from __future__ import annotations
 
 import asyncio
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -213,9 +214,11 @@ class FakeEngine:
         field = form.get("image")
         if not isinstance(field, web.FileField):
             return web.Response(status=400)
-        name = Path(field.filename).name
-        (self._input_dir / name).write_bytes(field.file.read())
-        return _json({"name": name, "subfolder": "", "type": "input"})
+        name, subfolder = Path(field.filename).name, str(form.get("subfolder", ""))
+        folder = self._input_dir / subfolder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(field.file.read())
+        return _json({"name": name, "subfolder": subfolder, "type": "input"})
 
     async def _all_object_info(self, _request: web.Request) -> web.Response:
         return _json({name: object_info(name) for name in NODES})
@@ -228,7 +231,13 @@ class FakeEngine:
         memory = 24 * 2**30
         return _json(
             {
-                "system": {"os": "posix", "ram_total": memory, "ram_free": memory, "comfyui_version": "0.3.64"},
+                "system": {
+                    "os": "posix",
+                    "ram_total": memory,
+                    "ram_free": memory,
+                    "comfyui_version": "0.3.64",
+                    "argv": sys.argv,
+                },
                 "devices": [{"name": "cpu", "type": "cpu", "index": 0, "vram_total": memory, "vram_free": memory}],
             }
         )

@@ -6,6 +6,7 @@ jobs are left to the journal, engines of ours are stopped.
 
 from __future__ import annotations
 
+import shutil
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import aiohttp
 import anyio
+import anyio.to_thread
 import msgspec
 import structlog
 import uvicorn
@@ -36,11 +38,13 @@ from comfyfleet.worker.engines.client import EngineClient
 from comfyfleet.worker.engines.layout import EnginePlan, plan_engines
 from comfyfleet.worker.engines.learned import Durations
 from comfyfleet.worker.engines.pool import EnginePool, EngineSlot
+from comfyfleet.worker.engines.reach import KINDS, pull_outputs
 from comfyfleet.worker.engines.supervisor import Supervisor
 from comfyfleet.worker.job import Finished, Job
 from comfyfleet.worker.journal import Journal
 from comfyfleet.worker.pipeline import Stages
 from comfyfleet.worker.service import JobService
+from comfyfleet.worker.stages.fetch_inputs import FetchedInputs
 from comfyfleet.worker.stages.kit import Kit, KitPlaces, open_kit
 from comfyfleet.worker.stages.store_outputs import missing_files
 from comfyfleet.worker.templates import SHIPPED, Templates
@@ -103,7 +107,7 @@ async def running(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cl
             templates = [folder for folder in (folders.templates_dir, SHIPPED) if folder is not None]
             service = JobService(
                 pool=pool,
-                stages=_stages(kit, settings.webhook.url),
+                stages=_stages(kit, settings.webhook.url, folders.worker_dir / "pulled"),
                 journal=journal,
                 templates=Templates(*templates),
                 settings=settings.queue,
@@ -181,17 +185,28 @@ def _slot(plan: EnginePlan, session: aiohttp.ClientSession, clock: Clock, ids: I
     return EngineSlot(name=plan.name, client=client, owned=plan.launch is not None, folders=plan.folders, gpu=plan.gpu)
 
 
-def _stages(kit: Kit, operator_webhook: str) -> Stages:
-    async def fetch_inputs(graph: Graph, request: GenerateInput) -> Graph:
-        return (await kit.fetch_inputs.run(graph, request)).graph
+def _stages(kit: Kit, operator_webhook: str, pulled: Path) -> Stages:
+    async def fetch_inputs(graph: Graph, request: GenerateInput) -> FetchedInputs:
+        return await kit.fetch_inputs.run(graph, request)
+
+    async def bring_outputs(
+        slot: EngineSlot, entry: dict[str, Any], prompt_id: str
+    ) -> tuple[Mapping[str, Path], set[str]]:
+        if not slot.is_remote:
+            return slot.folders, {named.node_id for named in missing_files(entry, slot.folders)}
+        folder = pulled / prompt_id
+        missing = await pull_outputs(slot.client, entry, folder)
+        return {kind: folder / kind for kind in KINDS}, missing
 
     async def store_outputs(
         entry: dict[str, Any], folder: str, request: GenerateInput, folders: Mapping[str, Path]
     ) -> list[OutputEntry]:
-        return await kit.store_outputs.run(entry, request_id=folder, request=request, folders=folders)
-
-    def missing_nodes(entry: dict[str, Any], folders: Mapping[str, Path]) -> set[str]:
-        return {named.node_id for named in missing_files(entry, folders)}
+        try:
+            return await kit.store_outputs.run(entry, request_id=folder, request=request, folders=folders)
+        finally:
+            place = folders["output"].parent
+            if place.parent == pulled:  # downloaded for this job alone
+                await anyio.to_thread.run_sync(shutil.rmtree, place, True)
 
     async def resign(outputs: list[OutputEntry], request: GenerateInput) -> None:
         await kit.store_outputs.resign(outputs, request=request)
@@ -205,7 +220,7 @@ def _stages(kit: Kit, operator_webhook: str) -> Stages:
     return Stages(
         fetch_inputs=fetch_inputs,
         store_outputs=store_outputs,
-        missing_nodes=missing_nodes,
+        bring_outputs=bring_outputs,
         check=kit.check,
         resign=resign,
         notify=notify,

@@ -18,6 +18,7 @@ from comfyfleet.wire.generation import GenerateInput
 from comfyfleet.wire.jobs import RUN_FINAL, RUN_TRANSITIONS, RunStatus, advance
 from comfyfleet.worker.engines.faults import FaultKind
 from comfyfleet.worker.engines.watch import PromptWatch
+from comfyfleet.worker.stages.input_store import InputFile
 
 MAX_EVENTS = 1000
 MESSAGES = {
@@ -121,6 +122,7 @@ class Job:
     cached_nodes: tuple[str, ...] = ()
     stamps: dict[str, float] = field(default_factory=dict)
     events: EventLog = field(default_factory=EventLog)
+    inputs: tuple[InputFile, ...] = ()
     watch: PromptWatch | None = None
     done: anyio.Event = field(default_factory=anyio.Event)
     finished: Finished | None = None

@@ -190,6 +190,10 @@ class Journal:
 
     def _commit(self, writes: list[_Write]) -> None:
         outcomes: list[tuple[Any, BaseException | None]] = []
+        if len(writes) == 1:  # most often: one statement is a transaction of its own
+            outcomes = [self._alone(writes[0])]
+            self._settle(writes, outcomes)
+            return
         try:
             self._db.execute("BEGIN IMMEDIATE")
             for write in writes:
@@ -199,8 +203,22 @@ class Journal:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             outcomes = [(None, error)] * len(writes)
+        self._settle(writes, outcomes)
+
+    def _settle(self, writes: list[_Write], outcomes: list[tuple[Any, BaseException | None]]) -> None:
         for write, (value, failure) in zip(writes, outcomes, strict=True):
             write.loop.call_soon_threadsafe(write.settle, value, failure)
+
+    def _alone(self, write: _Write) -> tuple[Any, BaseException | None]:
+        """Without BEGIN and SAVEPOINT: each statement commits by itself. Changes here are single statements, or sets
+        of statements that may be applied one by one."""
+        try:
+            value = write.change(self._db)
+        except Exception as error:  # the caller's change, the caller's exception
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            return None, error
+        return None if isinstance(value, sqlite3.Cursor) else value, None
 
     def _apply(self, write: _Write) -> tuple[Any, BaseException | None]:
         self._db.execute("SAVEPOINT one")

@@ -27,10 +27,12 @@ from comfyfleet.worker.engines.client import EngineGone, HistoryEntry
 from comfyfleet.worker.engines.faults import Fault, FaultClass, FaultKind, Remedy, remedy_for
 from comfyfleet.worker.engines.learned import Durations
 from comfyfleet.worker.engines.pool import EnginePool, EngineSlot
+from comfyfleet.worker.engines.reach import place_inputs
 from comfyfleet.worker.engines.watch import PromptWatch
 from comfyfleet.worker.job import Finished, Job
 from comfyfleet.worker.journal import Journal
 from comfyfleet.worker.stages.execute import RunEnd, adopt, execute, withdraw
+from comfyfleet.worker.stages.fetch_inputs import FetchedInputs
 from comfyfleet.worker.stages.prepare import roll_dice, with_nonce
 
 log = structlog.get_logger()
@@ -45,9 +47,9 @@ _UNKNOWN_RUN_S = 30.0
 class Stages:
     """The stages that know files and stores (`worker.stages`); the pipeline knows only what they promise."""
 
-    fetch_inputs: Callable[[Graph, GenerateInput], Awaitable[Graph]]
+    fetch_inputs: Callable[[Graph, GenerateInput], Awaitable[FetchedInputs]]
+    bring_outputs: Callable[[EngineSlot, dict[str, Any], str], Awaitable[tuple[Mapping[str, Path], set[str]]]]
     store_outputs: Callable[[dict[str, Any], str, GenerateInput, Mapping[str, Path]], Awaitable[list[OutputEntry]]]
-    missing_nodes: Callable[[dict[str, Any], Mapping[str, Path]], set[str]]
     check: Callable[[GenerateInput], None]
     resign: Callable[[list[OutputEntry], GenerateInput], Awaitable[None]]
     notify: Callable[[Job, Finished], Awaitable[None]]
@@ -88,10 +90,11 @@ class Pipeline:
                 if not graph:
                     raise JobFailed("the workflow is gone")
                 if adopted is None:
-                    graph = roll_dice(await self._stages.fetch_inputs(graph, job.request), self._ids)
-                entry, slot = await self._render(job, graph, adopted)
+                    fetched = await self._stages.fetch_inputs(graph, job.request)
+                    job.inputs, graph = fetched.files, roll_dice(fetched.graph, self._ids)
+                entry, folders = await self._render(job, graph, adopted)
                 job.advance(RunStatus.GENERATED, self._clock.now())
-                outputs = await self._stages.store_outputs(_as_dict(entry), job.folder, job.request, slot.folders)
+                outputs = await self._stages.store_outputs(_as_dict(entry), job.folder, job.request, folders)
         except FleetError as problem:
             error = problem
         except _RunFailed as failure:
@@ -107,8 +110,10 @@ class Pipeline:
         job.advance(finished.status, now, message=error.message if error else "")
         return finished
 
-    async def _render(self, job: Job, graph: Graph, adopted: EngineSlot | None) -> tuple[HistoryEntry, EngineSlot]:
-        """A successful history entry whose files are there, and the engine that made it."""
+    async def _render(
+        self, job: Job, graph: Graph, adopted: EngineSlot | None
+    ) -> tuple[HistoryEntry, Mapping[str, Path]]:
+        """A successful history entry whose files are there, and the folders they are in."""
         avoid: frozenset[str] = frozenset()
         sent = with_nonce(graph, job.prompt_id) if job.request.force else graph
         while True:
@@ -117,10 +122,10 @@ class Pipeline:
             adopted = None
             fault = end.fault
             if fault is None and end.entry is not None:
-                missing = self._stages.missing_nodes(_as_dict(end.entry), slot.folders)
+                folders, missing = await self._stages.bring_outputs(slot, _as_dict(end.entry), job.prompt_id)
                 if not missing:
                     self._learn(job, graph, watch, end.entry)
-                    return end.entry, slot
+                    return end.entry, folders
                 # A cached repeat whose files are gone: the same nodes again, past the cache.
                 fault = Fault(kind=FaultKind.OUTPUTS_GONE, message="the engine's files are gone", details={})
                 sent = with_nonce(graph, self._ids.request_id(), missing)
@@ -143,6 +148,8 @@ class Pipeline:
         self._left_queue(job)
         is_over = False
         try:
+            if adopted is None and job.inputs and not slot.owned:
+                await place_inputs(slot.client, slot.folders, slot.is_remote, job.inputs)
             end = await (adopt if adopted else _submitting(graph))(slot, watch, clock=self._clock)
             is_over = True
             return slot, end

@@ -8,6 +8,7 @@ unregisters the newer of two sockets with one id when the older closes. Faults o
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -27,6 +28,7 @@ _encode = msgspec.json.Encoder().encode
 _RECONNECT_FIRST_S, _RECONNECT_CAP_S = 0.1, 2.0
 # An idle ComfyUI sends nothing, not even pings: ours find a dead peer.
 _HEARTBEAT_S = 20.0
+_CHUNK_BYTES = 256 * 1024
 
 
 class EngineGone(Exception):
@@ -201,6 +203,33 @@ class EngineClient:
         _, answer = await self._call("GET", f"/object_info/{class_type}" if class_type else "/object_info")
         info = msgspec.json.decode(answer)
         return info if isinstance(info, dict) else {}
+
+    async def view(self, query: dict[str, str], target: Path) -> bool:
+        """Stream a file of the engine to `target`; False when it is not there. Raises EngineGone."""
+        try:
+            async with self._session.get(f"{self.base_url}/view", params=query) as answer:
+                if answer.status != 200:
+                    return False
+                await anyio.Path(target.parent).mkdir(parents=True, exist_ok=True)
+                async with await anyio.open_file(target, "wb") as file:
+                    async for chunk in answer.content.iter_chunked(_CHUNK_BYTES):
+                        await file.write(chunk)
+                return True
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise EngineGone(f"GET /view: {error}") from error
+
+    async def upload_input(self, path: Path, name: str) -> None:
+        """Put a file into the engine's input folder under `name` (`sub/folder/file`). Raises EngineGone."""
+        subfolder, _, filename = name.rpartition("/")
+        form = aiohttp.FormData({"subfolder": subfolder, "type": "input", "overwrite": "true"})
+        try:
+            with path.open("rb") as file:
+                form.add_field("image", file, filename=filename)
+                async with self._session.post(f"{self.base_url}/upload/image", data=form) as answer:
+                    if answer.status != 200:
+                        raise EngineGone(f"POST /upload/image answered {answer.status}")
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise EngineGone(f"POST /upload/image: {error}") from error
 
     async def _call(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
         try:

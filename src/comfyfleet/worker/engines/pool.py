@@ -47,6 +47,7 @@ class EngineSlot:
     client: EngineClient
     owned: bool
     folders: Mapping[str, Path]  # the engine's own, by type: output, temp, input
+    is_remote: bool = False  # its folders cannot be seen from here
     gpu: str = ""
     state: EngineState = EngineState.STARTING
     reason: str = "starting"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
+import msgspec
 import structlog
 
 from comfyfleet.clock import Clock
@@ -20,6 +21,7 @@ from comfyfleet.worker.engines.client import EngineGone, wait_until_answering
 from comfyfleet.worker.engines.faults import FaultKind
 from comfyfleet.worker.engines.pool import EnginePool, EngineSlot, EngineState
 from comfyfleet.worker.engines.process import EngineProcess
+from comfyfleet.worker.engines.reach import told_folders
 from comfyfleet.worker.engines.vitals import Vitals, is_worker_dead
 
 log = structlog.get_logger()
@@ -174,10 +176,15 @@ class Supervisor:
     async def _meet(self, slot: EngineSlot) -> None:
         """Ask the engine what it is."""
         try:
-            system = (await slot.client.system_stats()).get("system", {})
-            slot.version = str(system.get("comfyui_version") or "unknown")
-        except EngineGone:
+            stats = await slot.client.system_stats()
+        except (EngineGone, msgspec.MsgspecError):
             slot.version = slot.version or "unknown"
+            return
+        slot.version = str((stats.get("system") or {}).get("comfyui_version") or "unknown")
+        if not slot.owned:
+            folders = told_folders(stats, slot.client.base_url)
+            slot.is_remote = folders is None and not slot.folders["output"].is_dir()
+            slot.folders = folders or slot.folders
 
     def _set(self, slot: EngineSlot, state: EngineState, reason: str) -> None:
         if (slot.state, slot.reason) == (state, reason):
