@@ -11,7 +11,7 @@ import pytest
 from comfyfleet.clock import SystemClock
 from comfyfleet.testing.processes import a_worker, picture
 
-pytestmark = [pytest.mark.slow, pytest.mark.anyio]
+pytestmark = [pytest.mark.slow, pytest.mark.anyio, pytest.mark.timeout(60)]
 CLOCK = SystemClock()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from comfyfleet.testing.processes import a_worker, picture
 
-pytestmark = [pytest.mark.slow, pytest.mark.anyio]
+pytestmark = [pytest.mark.slow, pytest.mark.anyio, pytest.mark.timeout(60)]
 
 
 @pytest.fixture(scope="module")

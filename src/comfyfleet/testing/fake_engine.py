@@ -229,18 +229,9 @@ class FakeEngine:
 
     async def _system_stats(self, _request: web.Request) -> web.Response:
         memory = 24 * 2**30
-        return _json(
-            {
-                "system": {
-                    "os": "posix",
-                    "ram_total": memory,
-                    "ram_free": memory,
-                    "comfyui_version": "0.3.64",
-                    "argv": sys.argv,
-                },
-                "devices": [{"name": "cpu", "type": "cpu", "index": 0, "vram_total": memory, "vram_free": memory}],
-            }
-        )
+        system = {"os": "posix", "ram_total": memory, "ram_free": memory, "comfyui_version": "0.3.64", "argv": sys.argv}
+        device = {"name": "cpu", "type": "cpu", "index": 0, "vram_total": memory, "vram_free": memory}
+        return _json({"system": system, "devices": [device]})
 
     async def _fake_counts(self, _request: web.Request) -> web.Response:
         return _json({"renders": self.worker.renders, "freed": self.freed})
