@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import aiohttp
 import anyio
 import pytest
 
@@ -33,9 +32,12 @@ async def accepted(worker, graph, **fields):
 
 
 async def until(worker, job_id, status):
-    with anyio.fail_after(10):
-        while (await worker.get(f"/result/{job_id}"))[1]["status"] != status:
-            await anyio.sleep(0.02)
+    """Follow the job's own events up to a status."""
+    headers = {"Accept": "text/event-stream"}
+    async with worker.session.get(f"{worker.base_url}/result/{job_id}", headers=headers) as answer:
+        async for line in answer.content:
+            if f'"status":"{status}"'.encode() in line:
+                return
 
 
 async def test_cancelling_a_queued_job_stops_exactly_that_one(worker):
@@ -81,7 +83,7 @@ async def test_a_caller_who_hangs_up_and_stays_away_cancels_its_job(worker):
         with anyio.fail_after(0.5):
             await worker.generate(picture(13, seconds=20), request_id="left")
 
-    status, answer = await worker.result("left")
+    status, answer = await worker.settled("left")
 
     assert status == 499
     assert "hung up" in answer["message"]
@@ -179,7 +181,7 @@ async def test_a_stream_tells_the_way_and_ends_with_the_result(worker):
     statuses = [frame["status"] for _, frame in frames]
     assert statuses[0] == "queued"
     assert statuses[-1] == "final_result"
-    assert [one for one in dict.fromkeys(statuses)] == [
+    assert list(dict.fromkeys(statuses)) == [
         "queued",
         "processing",
         "generating",
@@ -226,9 +228,8 @@ async def test_a_template_and_its_parameters_make_a_workflow(worker):
 )
 async def test_a_web_page_cannot_post_jobs(worker, headers, status):
     body = json.dumps({"input": {"workflow_json": picture(50)}})
-    async with aiohttp.ClientSession() as session:
-        async with session.post(f"{worker.base_url}/generate/sync", data=body, headers=headers) as answer:
-            assert answer.status == status
+    async with worker.session.post(f"{worker.base_url}/generate/sync", data=body, headers=headers) as answer:
+        assert answer.status == status
 
 
 async def test_bad_bodies_get_a_400_that_names_the_field(worker):

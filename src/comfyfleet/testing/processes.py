@@ -148,6 +148,14 @@ class WorkerProcess(Running):
             await answer.read()
         return await self.get(f"/result/{job_id}")
 
+    async def settled(self, job_id: str) -> tuple[int, dict[str, Any]]:
+        """The result, asked for now and then: unlike following it, this does not count as a caller."""
+        while True:
+            status, answer = await self.get(f"/result/{job_id}")
+            if status != 202:
+                return status, answer
+            await anyio.sleep(0.1)
+
     async def misbehave(self, **faults: Any) -> None:
         """Ask the fake engine for faults (`POST /fake`)."""
         async with self._http().post(self.engine_url + "/fake", json=faults) as answer:

@@ -122,13 +122,18 @@ class Pipeline:
             adopted = None
             fault = end.fault
             if fault is None and end.entry is not None:
-                folders, missing = await self._stages.bring_outputs(slot, _as_dict(end.entry), job.prompt_id)
-                if not missing:
-                    self._learn(job, graph, watch, end.entry)
-                    return end.entry, folders
-                # A cached repeat whose files are gone: the same nodes again, past the cache.
-                fault = Fault(kind=FaultKind.OUTPUTS_GONE, message="the engine's files are gone", details={})
-                sent = with_nonce(graph, self._ids.request_id(), missing)
+                try:
+                    folders, missing = await self._stages.bring_outputs(slot, _as_dict(end.entry), job.prompt_id)
+                except EngineGone as gone:
+                    fault = Fault(kind=FaultKind.ENGINE_LOST, message="the engine's files cannot be had", details={})
+                    log.info("engine.pull_failed", engine=slot.name, error=str(gone))
+                else:
+                    if not missing:
+                        self._learn(job, graph, watch, end.entry)
+                        return end.entry, folders
+                    # A cached repeat whose files are gone: the same nodes again, past the cache.
+                    fault = Fault(kind=FaultKind.OUTPUTS_GONE, message="the engine's files are gone", details={})
+                    sent = with_nonce(graph, self._ids.request_id(), missing)
             if fault is None:
                 raise EngineUnavailable("the engine gave no answer")
             await self._after_fault(job, slot, watch, fault, end.entry)
@@ -149,7 +154,11 @@ class Pipeline:
         is_over = False
         try:
             if adopted is None and job.inputs and not slot.owned:
-                await place_inputs(slot.client, slot.folders, slot.is_remote, job.inputs)
+                try:
+                    await place_inputs(slot.client, slot.folders, slot.is_remote, job.inputs)
+                except EngineGone as gone:
+                    is_over = True
+                    return slot, RunEnd(fault=Fault(kind=FaultKind.ENGINE_LOST, message=str(gone), details={}))
             end = await (adopt if adopted else _submitting(graph))(slot, watch, clock=self._clock)
             is_over = True
             return slot, end

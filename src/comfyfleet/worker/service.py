@@ -247,8 +247,7 @@ class JobService:
 
     def trouble(self) -> str:
         """Why no engine will ever take work without somebody's help, or ""."""
-        slots = self._pool.slots
-        return slots[0].reason if slots and all(slot.state is EngineState.QUARANTINED for slot in slots) else ""
+        return self._pool.slots[0].reason if self._pool.is_hopeless else ""
 
     def _find(self, scope: str, key: str) -> Job | None:
         return self.by_key(scope, key) or self._journal.find(scope=scope, key=key)
@@ -256,9 +255,8 @@ class JobService:
     def _admit(self) -> None:
         if self._draining or self._tasks is None:
             raise ShuttingDown("the worker is draining", retry_after_s=5)
-        slots = self._pool.slots
-        if slots and all(slot.state is EngineState.QUARANTINED for slot in slots):
-            raise EngineUnavailable(f"no engine can work: {slots[0].reason}", retry_after_s=60)
+        if self._pool.is_hopeless:
+            raise EngineUnavailable(f"no engine can work: {self._pool.slots[0].reason}", retry_after_s=60)
         if len(self._line.jobs) >= self._settings.max_queue_size:
             view = self.queue_view()
             raise QueueFull(

@@ -15,6 +15,7 @@ from pathlib import Path
 import anyio
 
 from comfyfleet.clock import Clock
+from comfyfleet.wire.errors import EngineUnavailable
 from comfyfleet.worker.engines.client import EngineClient
 from comfyfleet.worker.engines.faults import FaultKind
 from comfyfleet.worker.engines.watch import PromptWatch
@@ -103,7 +104,11 @@ class EnginePool:
         return [slot for slot in self.slots if slot.state is EngineState.READY]
 
     async def acquire(self, prompt_id: str, predicted_s: float, *, avoid: frozenset[str] = frozenset()) -> EngineSlot:
-        """An engine for this prompt, booked; waits for room. `avoid` is honoured while there is another engine."""
+        """An engine for this prompt, booked; waits for room. `avoid` is honoured while there is another engine.
+
+        Raises EngineUnavailable when every engine is in quarantine.
+        """
+        self._check_hope()
         if not self._waiters:
             slot = self._choose(avoid)
             if slot is not None:
@@ -120,6 +125,7 @@ class EnginePool:
                 else:
                     self.wake()  # the turn was ours; pass it on
                 raise
+            self._check_hope()
             slot = self._choose(avoid)
             if slot is not None:
                 booked = self._book(slot, prompt_id, predicted_s)
@@ -135,17 +141,21 @@ class EnginePool:
         self.wake()
 
     def wake(self) -> None:
-        """Room may have come up: let the first waiter look."""
+        """Room may have come up: let the first waiter look. With no engine left to hope for, all look, and leave."""
+        while self._waiters and self.is_hopeless:
+            self._waiters.popleft()[0].set()
         if self._waiters and any(self._has_room(slot) for slot in self.ready):
             turn, _ = self._waiters.popleft()
             turn.set()
 
     @property
-    def waiting(self) -> int:
-        return len(self._waiters)
+    def is_hopeless(self) -> bool:
+        """Every engine is in quarantine: nothing runs here until somebody looks at the machine."""
+        return bool(self.slots) and all(slot.state is EngineState.QUARANTINED for slot in self.slots)
 
-    def has_room(self) -> bool:
-        return any(self._has_room(slot) for slot in self.ready)
+    def _check_hope(self) -> None:
+        if self.is_hopeless:
+            raise EngineUnavailable(f"no engine can work: {self.slots[0].reason}", retry_after_s=60)
 
     def _choose(self, avoid: frozenset[str]) -> EngineSlot | None:
         now = self._clock.monotonic()
