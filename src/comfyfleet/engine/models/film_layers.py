@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from comfyfleet.engine.models.layers import empty
 
 NORM_EPS = 1e-12
-BLOCK_COLUMNS = 64  # the norm's matrix product takes this many numbers at once
+BLOCK_COLUMNS = 32  # the norm's matrix product takes this many numbers at once
 
 
 class Memory:
@@ -30,7 +30,9 @@ class Memory:
         """x (B, C, t, h, w) behind the last `window` frames this layer saw, zeros before the film; and remember."""
         past = self._frames.get(layer)
         if past is None:
-            past = x.new_zeros(x.shape[0], x.shape[1], window, *x.shape[3:])
+            past = torch.zeros_like(x[:, :, :1]).expand(-1, -1, window, -1, -1)
+        if on_cpu_road(x):  # `cat` keeps a layout only where all its inputs have it
+            past, x = channels_last(past), channels_last(x)
         joined = torch.cat([past, x], dim=2)
         self.remember(layer, joined[:, :, -window:])
         return joined
@@ -119,14 +121,19 @@ def on_cpu_road(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """The same numbers, channels innermost in memory."""
+    return x.contiguous(memory_format=torch.channels_last_3d if x.dim() == 5 else torch.channels_last)
+
+
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, pad: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     """F.conv2d or F.conv3d by the weight's rank, taking oneDNN's road on the CPU."""
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     ones = (1,) * len(stride)
     if on_cpu_road(x):
-        layout = torch.channels_last_3d if x.dim() == 5 else torch.channels_last
-        x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
-        return torch.mkldnn_convolution(x, weight, bias, pad, stride, ones, 1)
+        if weight[0, 0].numel() == 1 and stride == ones:  # one place at a time: a matrix product, layout kept
+            return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+        return torch.mkldnn_convolution(channels_last(x), channels_last(weight), bias, pad, stride, ones, 1)
     return (F.conv3d if x.dim() == 5 else F.conv2d)(x, weight, bias, stride, pad)
 
 

@@ -76,9 +76,8 @@ class FilmUpsample(nn.Module):
         if self.time_conv is not None:
             if memory.has_begun(self):
                 pair = self.time_conv(x, memory)  # (B, 2 C, t, h, w): the two frames in the channels
-                batch, channels, frames, height, width = pair.shape
-                pair = pair.view(batch, 2, channels // 2, frames, height, width).permute(0, 2, 3, 1, 4, 5)
-                x = pair.reshape(batch, channels // 2, frames * 2, height, width)
+                pair = pair.movedim(1, -1).unflatten(-1, (2, -1))  # (B, t, h, w, 2, C)
+                x = pair.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).movedim(-1, 1)
             memory.begin(self)
         frames = F.interpolate(frames_split(x), scale_factor=2.0, mode="nearest")
         return frames_joined(self.resample[1](frames), x.shape[0])

@@ -48,7 +48,7 @@ def test_the_processors_own_road_gives_the_same_film(monkeypatch):
     assert relative_error(vae.encode(frames), encoded) <= 1e-5
 
 
-@pytest.mark.parametrize("width", [3, 4, 5, 64, 96])
+@pytest.mark.parametrize("width", [3, 4, 5, 32, 96])
 def test_the_channel_norm_is_one_norm_on_both_roads(monkeypatch, width):
     norm = RmsNorm(width)
     norm.gamma = torch.nn.Parameter(torch.randn(width, 1, 1, 1), requires_grad=False)
