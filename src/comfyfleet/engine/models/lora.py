@@ -10,6 +10,7 @@ On scaled-fp8 weights the pair stays apart (y += factor up(down(x))): exact, whe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,11 +74,12 @@ class Patches:
 NO_PATCHES = Patches()
 
 
-def read_lora(checkpoint: Checkpoint, names: Mapping[str, str], strength: float) -> Patches:
-    """The changes of one LoRA file for a model: `names` is the LoRA's word for a parameter -> the parameter.
+def read_lora(checkpoint: Checkpoint, model: Checkpoint, names: Mapping[str, str], strength: float) -> Patches:
+    """The changes of one LoRA file for a model: `names` is the LoRA's word for a parameter -> the parameter in `model`.
 
     Modules of the file that are not in `names` belong to another model (a LoRA for model and text encoder) or to
-    another family; the caller decides what no match at all means. Raises ModelFileUnusable for other kinds of adapter.
+    another family; the caller decides what no match at all means. Raises ModelFileUnusable for other kinds of adapter
+    and for a LoRA of a model of another size.
     """
     odd = next((name for name in checkpoint if name.endswith(OTHER_KINDS)), None)
     if odd is not None:
@@ -95,10 +97,12 @@ def read_lora(checkpoint: Checkpoint, names: Mapping[str, str], strength: float)
             rank = down.shape[0]
             alpha = checkpoint.tensor(f"{module}.alpha").item() if f"{module}.alpha" in checkpoint else rank
             pair = LowRank(down=down.flatten(1), up=up.flatten(1), factor=strength * float(alpha) / rank)
+            _check_size(checkpoint, model, target, pair.up.shape[0] * pair.down.shape[1])
             changes[target] = (*changes.get(target, ()), pair)
         for ending, parameter in ((".diff", target), (".diff_b", target.removesuffix(".weight") + ".bias")):
             if f"{module}{ending}" in checkpoint:
                 whole = Difference(value=checkpoint.tensor(f"{module}{ending}"), factor=strength)
+                _check_size(checkpoint, model, parameter, whole.value.numel())
                 changes[parameter] = (*changes.get(parameter, ()), whole)
     return Patches(changes=changes, key=f"|{checkpoint.key}x{strength!r}" if changes else "")
 
@@ -113,6 +117,17 @@ def module_names(parameters: Iterable[str], dotted: Iterable[str], underscored: 
     names = {f"{prefix}{module}": name for prefix in dotted for module, name in plain.items()}
     names |= {prefix + module.replace(".", "_"): name for prefix in underscored for module, name in plain.items()}
     return names
+
+
+def _check_size(checkpoint: Checkpoint, model: Checkpoint, parameter: str, found: int) -> None:
+    needed = math.prod(model.shape(parameter))
+    if found != needed:
+        file = Path(checkpoint.path).name
+        raise ModelFileUnusable(
+            f"{file} is a LoRA for a model of another size: {parameter} has {needed} numbers, not {found}",
+            file=file,
+            tensor=parameter,
+        )
 
 
 def _module(name: str) -> str:

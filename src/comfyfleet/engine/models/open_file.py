@@ -114,12 +114,12 @@ def with_lora(
     network = model.network
     if not isinstance(network, WanNetwork | UnetNetwork):
         raise ModelFileUnusable(f"{file}: this engine has no LoRA for {model.family} models", file=file)
-    patches = read_lora(checkpoint, network.lora_names(), strength_model)
+    patches = read_lora(checkpoint, network.source.checkpoint, network.lora_names(), strength_model)
     changed += len(patches.changes)
     if patches.changes and strength_model:
         model = replace(model, network=network.patched(patches))
     if isinstance(text_encoder, ClipEncoder):
-        patches = read_lora(checkpoint, text_encoder.lora_names(), strength_clip)
+        patches = read_lora(checkpoint, text_encoder.source.checkpoint, text_encoder.lora_names(), strength_clip)
         changed += len(patches.changes)
         if patches.changes and strength_clip:
             text_encoder = text_encoder.patched(patches)

@@ -70,7 +70,10 @@ def fill(module: nn.Module, source: Checkpoint, device: str, precision: Precisio
                 value = value.to(device=device, dtype=torch.float32)
                 if isinstance(layer, Linear) and name == "weight" and layer.scale is not None:
                     value, layer.scale = value * layer.scale, None
-                value = patches.apply(full, value).to(compute)
+                value = patches.apply(full, value)
+                if patches.of(full) and precision.round_to in (torch.float16, torch.bfloat16):
+                    value = value.to(precision.round_to)  # where weights are held in half, so are patched ones
+                value = value.to(compute)
             _put(layer, name, value)
     module.eval()
 

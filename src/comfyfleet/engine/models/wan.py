@@ -10,7 +10,7 @@ Not here: image-to-video inputs, camera and control branches.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -263,19 +263,12 @@ class WanNetwork(Resident[WanTransformer]):
 
     def patched(self, patches: Patches) -> WanNetwork:
         """The same file with more LoRA changes."""
-        source = self.source
-        return WanNetwork(
-            Source(
-                checkpoint=source.checkpoint,
-                build=source.build,
-                precision=source.precision,
-                patches=source.patches.and_then(patches),
-            ),
-            self.device,
-        )
+        return WanNetwork(replace(self.source, patches=self.source.patches.and_then(patches)), self.device)
 
     def lora_names(self) -> dict[str, str]:
-        return module_names(self.source.checkpoint, dotted=("diffusion_model.", ""), underscored=("lora_unet_",))
+        return module_names(
+            self.source.checkpoint, dotted=("diffusion_model.", "transformer.", ""), underscored=("lora_unet_",)
+        )
 
 
 def expand(x: Tensor, batch: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from engine_goldens import MODELS, facts, relative_error, tensors
 from engine_graphs import folders_of, values_of
 
