@@ -195,6 +195,35 @@ async def test_a_cut_upload_goes_on_where_it_was(s3: S3Server, tmp_path: Path) -
     assert len(content) < proxy.to_server < len(content) + 14 * MB
 
 
+async def test_a_file_that_arrived_before_a_restart_does_not_travel_again(s3: S3Server, tmp_path: Path) -> None:
+    content = bytes(range(256)) * (10 * MB // 256)
+    async with fault_proxy(s3.port) as proxy:
+        for _ in range(2):
+            async with a_worker(tmp_path, operator(s3, endpoint_url=proxy.url)) as kit:
+                output = await store(kit, tmp_path, content, "job-10")
+                assert output.upload_error == ""
+        async with a_worker(tmp_path, operator(s3, endpoint_url=proxy.url)) as kit:
+            changed = await store(kit, tmp_path, content[::-1], "job-10")
+            sent = proxy.to_server
+            assert await read(changed.url) == content[::-1]
+
+    assert 2 * len(content) < sent < 2 * len(content) + MB
+
+
+async def test_an_outage_in_the_middle_of_a_long_upload_is_waited_out(s3: S3Server, tmp_path: Path) -> None:
+    content = bytes(20 * MB)
+    async with (
+        fault_proxy(s3.port) as proxy,
+        a_worker(tmp_path, operator(s3, endpoint_url=proxy.url, attempts=1)) as kit,
+    ):
+        proxy.faults = lambda number: (
+            Fault(cut_after=7 * MB) if number == 0 else Fault(status=503) if number < 6 else Fault()
+        )
+        output = await store(kit, tmp_path, content, "job-11")
+
+    assert output.upload_error == ""
+
+
 async def test_a_slow_upload_does_not_hold_up_other_jobs(s3: S3Server, tmp_path: Path) -> None:
     done = []
     async with fault_proxy(s3.port) as proxy, a_worker(tmp_path, operator(s3), "127.0.0.1") as kit:

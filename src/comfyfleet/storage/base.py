@@ -28,8 +28,11 @@ class SignedUrl:
 class Storage(Protocol):
     """Put, link, delete."""
 
-    async def put(self, path: Path, key: str, *, media_type: str) -> None:
-        """Store the local file under `key`. Raises StorageFailed."""
+    async def put(self, path: Path, key: str, *, media_type: str, sha256: str = "") -> None:
+        """Store the local file under `key`; with its digest, one that is there already need not travel again.
+
+        Raises StorageFailed.
+        """
         ...
 
     async def url(self, key: str, *, expires_in_s: float) -> SignedUrl:

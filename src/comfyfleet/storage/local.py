@@ -31,7 +31,7 @@ class LocalStorage:
         self._signer = signer
         self._clock = clock
 
-    async def put(self, path: Path, key: str, *, media_type: str = "") -> None:
+    async def put(self, path: Path, key: str, *, media_type: str = "", sha256: str = "") -> None:
         try:
             await anyio.to_thread.run_sync(place, path, self.path(key), False)
         except OSError as problem:

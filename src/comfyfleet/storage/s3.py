@@ -20,12 +20,14 @@ from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, 
 from obstore.store import S3Store
 
 from comfyfleet.clock import Clock
+from comfyfleet.retry import TRANSFER
 from comfyfleet.settings.storage import WEEK_S, S3Settings
 from comfyfleet.storage.base import SignedUrl, StorageFailed, checked_key
 
 PART_BYTES = 6 * 1024 * 1024
 PARTS_AT_ONCE = 2
 _KEPT_STORES = 64
+_DIGEST = "sha256"
 
 
 class S3Storage:
@@ -43,39 +45,46 @@ class S3Storage:
         if proxy_url:
             client["proxy_url"] = proxy_url
         config: dict[str, Any] = {"endpoint": _checked_endpoint(settings.endpoint_url)} if settings.endpoint_url else {}
+        config |= {
+            "access_key_id": settings.access_key_id,
+            "secret_access_key": settings.secret_access_key,
+            "region": settings.region or "us-east-1",
+            "virtual_hosted_style_request": False,
+            "client_options": client,
+        }
         try:
-            self._store = S3Store(
-                settings.bucket,
-                access_key_id=settings.access_key_id,
-                secret_access_key=settings.secret_access_key,
-                region=settings.region or "us-east-1",
-                virtual_hosted_style_request=False,
-                client_options=client,
-                retry_config={
-                    "max_retries": settings.attempts - 1,
-                    "retry_timeout": timedelta(seconds=170),
-                    "backoff": {"init_backoff": timedelta(milliseconds=300), "max_backoff": timedelta(seconds=10)},
-                },
-                **config,
-            )
+            self._store = S3Store(settings.bucket, retry_config=_retries(settings.attempts - 1), **config)
+            # For what is long under way: an outage of half a minute must not cost a gigabyte.
+            self._patient = S3Store(settings.bucket, retry_config=_retries(TRANSFER.attempts - 1), **config)
         except (BaseError, ValueError) as problem:
             raise StorageFailed("the S3 settings make no sense: " + _reason(problem)) from problem
 
-    async def put(self, path: Path, key: str, *, media_type: str) -> None:
-        attributes = {"Content-Type": media_type or "application/octet-stream"}
+    async def put(self, path: Path, key: str, *, media_type: str, sha256: str = "") -> None:
+        attributes = {"Content-Type": media_type or "application/octet-stream", **({_DIGEST: sha256} if sha256 else {})}
         try:
             size = (await anyio.Path(path).stat()).st_size
-            await obstore.put_async(
-                self._store,
-                checked_key(key),
-                path,
-                attributes=attributes,
-                use_multipart=size > PART_BYTES,
-                chunk_size=PART_BYTES,
-                max_concurrency=PARTS_AT_ONCE,
-            )
+            if size <= PART_BYTES:
+                await obstore.put_async(self._store, checked_key(key), path, attributes=attributes, use_multipart=False)
+            elif not await self._is_there(key, size, sha256):
+                await obstore.put_async(
+                    self._patient,
+                    checked_key(key),
+                    path,
+                    attributes=attributes,
+                    use_multipart=True,
+                    chunk_size=PART_BYTES,
+                    max_concurrency=PARTS_AT_ONCE,
+                )
         except (BaseError, OSError) as problem:
             raise StorageFailed("upload to S3 failed: " + _reason(problem)) from problem
+
+    async def _is_there(self, key: str, size: int, sha256: str) -> bool:
+        """Whether this very file arrived before a restart. Asks impatiently, so it also finds a store that is away."""
+        try:
+            found = await obstore.get_async(self._store, checked_key(key), options={"head": True})
+        except (NotFoundError, FileNotFoundError):
+            return False
+        return bool(sha256) and found.meta["size"] == size and found.attributes.get(_DIGEST) == sha256
 
     async def url(self, key: str, *, expires_in_s: float) -> SignedUrl:
         expires_in_s = float(int(min(max(1.0, expires_in_s), WEEK_S)))
@@ -93,6 +102,19 @@ class S3Storage:
             return
         except BaseError as problem:
             raise StorageFailed("deleting from S3 failed: " + _reason(problem)) from problem
+
+
+def _retries(retries: int) -> dict[str, Any]:
+    """obstore's backoff by our named policy; `retries` after the first attempt, of each request on its own."""
+    return {
+        "max_retries": retries,
+        "retry_timeout": timedelta(seconds=170),
+        "backoff": {
+            "init_backoff": timedelta(seconds=TRANSFER.first_s),
+            "max_backoff": timedelta(seconds=TRANSFER.cap_s),
+            "base": TRANSFER.factor,
+        },
+    }
 
 
 class S3Storages:

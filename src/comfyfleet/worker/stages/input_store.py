@@ -6,6 +6,7 @@ nothing younger than `KEEP_S` goes, since a job may be about to read it. Blockin
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
@@ -73,8 +74,9 @@ class InputStore:
             return 0
         entries = []
         for entry in os.scandir(self._folder):
-            facts = entry.stat()
-            entries.append((facts.st_mtime, facts.st_size, entry.path))
+            with contextlib.suppress(FileNotFoundError):  # another job's draft that was just named
+                facts = entry.stat()
+                entries.append((facts.st_mtime, facts.st_size, entry.path))
         gone = evictable(entries, self._max_bytes, self._clock.now())
         for path in gone:
             Path(path).unlink(missing_ok=True)

@@ -154,7 +154,7 @@ class StoreOutputs:
         if remote is not None:
             try:
                 async with self._uploads:
-                    await remote.put(target, key, media_type=stored.facts.mime)
+                    await remote.put(target, key, media_type=stored.facts.mime, sha256=stored.sha256)
                     if stored.has_poster:
                         await remote.put(_poster_path(target), key + POSTER_SUFFIX, media_type="image/jpeg")
             except StorageFailed as problem:
