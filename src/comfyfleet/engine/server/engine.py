@@ -45,6 +45,7 @@ class Engine:
         self._clock = clock
         self._child: RenderProcess | None = None
         self._teller: Teller | None = None
+        self._tried_again: set[str] = set()
 
     # The loop
 
@@ -98,10 +99,19 @@ class Engine:
                     outcome, self.devices = report.outcome, report.devices
                     break
         except RenderLost as lost:
+            if not record.messages and item.prompt_id not in self._tried_again:
+                self._try_again(item)
+                raise
             teller.tell(self._loss(item, teller, lost))
+            self._finish(record, None)
             raise
-        finally:
-            self._finish(record, outcome)
+        self._finish(record, outcome)
+
+    def _try_again(self, item: QueuedPrompt) -> None:
+        """The process died before it began with this prompt, so it is not to blame: once more."""
+        self._tried_again.add(item.prompt_id)
+        self.queue.running = None
+        self.queue.put(item)
 
     async def _take(self, child: RenderProcess, reports: Any) -> QueuedPrompt:
         """The next prompt; raises RenderLost when the child dies while nothing runs."""
@@ -142,6 +152,7 @@ class Engine:
             miniature=outcome is not None and outcome.miniature,
         )
         self.history.add(item.prompt_id, entry)
+        self._tried_again.discard(item.prompt_id)
         self.queue.running = None
         self._teller = None
         self.tell_status()
