@@ -32,7 +32,8 @@ from comfyfleet.control.worker_states import ACTIVE, BOOTING, WorkerState
 DEFAULT_PERF = 1.0
 MIN_DOWN_DELAY_S = 10.0
 MAX_DOWN_DELAY_S = 300.0
-COLD_DOWN_DELAY_S = 600.0
+# An inactive worker costs disk only, and starting it is quicker than making one: the pool shrinks slowly.
+COLD_DOWN_DELAY_S = 1800.0
 # The cold pool must be this much too big before it shrinks.
 COLD_SLACK = 1.3
 # Restarted at most so often in a row, then replaced.

@@ -216,7 +216,14 @@ class Desk:
                     break
                 continue
             self._workers.book(
-                chosen, Booking(request_idx=ticket.request_idx, cost=ticket.want.cost, at=now, held=ticket.held)
+                chosen,
+                Booking(
+                    request_idx=ticket.request_idx,
+                    cost=ticket.want.cost,
+                    at=now,
+                    held=ticket.held,
+                    models=ticket.want.models,
+                ),
             )
             self.queue.leave(ticket, Phase.GRANTED, chosen, now)
         for ticket in set_aside:

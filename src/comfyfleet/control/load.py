@@ -25,6 +25,7 @@ class Booking:
     at: float
     seen: bool = False
     held: bool = False
+    models: frozenset[str] = frozenset()
 
 
 class WorkerLoad:
@@ -39,6 +40,7 @@ class WorkerLoad:
         "_bookings",
         "_extra_cost",
         "_head_since",
+        "_tail_models",
         "is_open",
         "last_work_at",
         "score",
@@ -54,6 +56,7 @@ class WorkerLoad:
         self.last_work_at = 0.0  # when it last had a request, epoch s; 0 never
         self._bookings: dict[int, Booking] = {}
         self._booked_cost = 0.0
+        self._tail_models: frozenset[str] = frozenset()  # of the request booked last
         self._extra_cost = 0.0  # sessions: load that no ticket explains
         self._head_since = 0.0  # when the request at the head probably began to run
 
@@ -71,6 +74,18 @@ class WorkerLoad:
     def is_leased(self) -> bool:
         """Somebody's work is there, or may arrive: such a worker is never stopped."""
         return bool(self._bookings) or self._extra_cost > 0
+
+    def is_warm(self, models: frozenset[str]) -> bool:
+        """These models will be in memory when another request begins: they are now, and what is booked last keeps them.
+
+        Where the last booked request needs others, both must be in memory now to be believed to fit together.
+        """
+        if not self._bookings:
+            return models <= self.warm
+        tail = self._tail_models
+        if not tail:
+            return models <= self.warm
+        return models <= tail or (models <= self.warm and tail <= self.warm)
 
     def requests(self) -> Iterable[int]:
         return self._bookings.keys()
@@ -93,6 +108,7 @@ class WorkerLoad:
             self._head_since = booking.at
         self._bookings[booking.request_idx] = booking
         self._booked_cost += booking.cost
+        self._tail_models = booking.models
         self.last_work_at = booking.at
 
     def finish(self, request_idx: int, now: float) -> Booking | None:

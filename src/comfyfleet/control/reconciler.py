@@ -168,6 +168,7 @@ class Reconciler:
             perf=worker.perf,
             is_leased=load.is_leased,
             backlog=load.backlog(now),
+            backlog_jobs=load.count,
             last_work_at=load.last_work_at,
             intent="destroy" if is_orphan and worker.intent == "destroy" else worker.intent,
             failures=worker.failures,

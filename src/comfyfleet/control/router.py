@@ -42,7 +42,7 @@ def expected_queue_s(load: WorkerLoad, now: float) -> float:
 def expected_finish_s(load: WorkerLoad, want: Want, now: float) -> float:
     """Seconds until the worker would have finished the request."""
     finish_s = (load.backlog(now) + want.cost) / load.score
-    if want.models and load.swap_s and not want.models <= load.warm:
+    if want.models and load.swap_s and not load.is_warm(want.models):
         finish_s += load.swap_s
     return finish_s
 
@@ -74,7 +74,7 @@ def choose(
         if backlog > max_queue_time * load.score:
             continue
         finish_s = (backlog + want.cost) / load.score
-        if want.models and load.swap_s and not want.models <= load.warm:
+        if want.models and load.swap_s and not load.is_warm(want.models):
             finish_s += load.swap_s
         if finish_s < best_finish_s:
             best, best_finish_s = key, finish_s

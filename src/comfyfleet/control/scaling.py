@@ -50,6 +50,7 @@ class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True):
     perf: float = 0.0
     is_leased: bool = False
     backlog: float = 0.0
+    backlog_jobs: int = 0
     last_work_at: float = 0.0
     intent: str = ""
     failures: int = 0

@@ -20,7 +20,9 @@ from comfyfleet.wire.workers import WorkerStatusReport
 QUARANTINE_FIRST_S = 10.0
 QUARANTINE_CAP_S = 300.0
 # A doubted worker's score counts this much less (the documents: more than 20 % slower than its peers).
-FLAGGED_SHARE = 0.5
+FLAGGED_SHARE = 0.75
+# What loading another model into GPU memory costs, roughly: gigabytes at the speed of a disk.
+SWAP_S = 15.0
 
 
 class Folded(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,6 +135,8 @@ class Workers:
             now=now,
         )
         load.warm = frozenset(after.warm_models)
+        # Only a worker that says what it has warm can be asked to keep it.
+        load.swap_s = SWAP_S if after.warm_models else 0.0
         self.put(after, now)
         return Folded(before=before, after=after, adopted=tuple(adopted))
 

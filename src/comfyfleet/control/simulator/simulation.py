@@ -1,0 +1,254 @@
+"""The simulation: an event heap over arrivals, ends of jobs, ends of starts, and the autoscaler's ticks.
+
+One endpoint, one first-in-first-out line, the same `router.choose`, the same `DemandMeter`, the same `decide`. No
+asyncio and no clock: virtual time is a number.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections import deque
+from collections.abc import Iterable
+
+import msgspec
+
+from comfyfleet.control import breaker
+from comfyfleet.control.demand import Demand, DemandMeter
+from comfyfleet.control.load import WorkerLoad
+from comfyfleet.control.router import Want, choose
+from comfyfleet.control.scaling import Action, GroupFacts, Memory, ScalePolicy, ScalingInputs, Verb
+from comfyfleet.control.simulator.files import FleetFile
+from comfyfleet.control.simulator.machines import Job, Machine
+from comfyfleet.control.simulator.strategies import Strategy
+from comfyfleet.control.simulator.trace import Arrival
+from comfyfleet.control.worker_states import WorkerState
+
+TICK_S = 1.0
+_END_JOB, _END_START = 0, 1
+NO_MODELS: frozenset[str] = frozenset()
+
+
+class SimulatedDecision(msgspec.Struct, frozen=True, kw_only=True):
+    """One decision that did something."""
+
+    t_s: float
+    sentence: str
+    actions: tuple[Action, ...]
+
+
+class Outcome(msgspec.Struct, kw_only=True):
+    """Raw results: seconds of waiting and of latency per request, and what the machines cost."""
+
+    waits: array[float]
+    latencies: array[float]
+    machines: list[Machine]
+    decisions: list[SimulatedDecision]
+    until_s: float
+    left_waiting: int
+
+
+class Simulation:
+    """One run. affinity: the router knows which models a request needs."""
+
+    def __init__(
+        self,
+        *,
+        policy: ScalePolicy,
+        fleet: FleetFile,
+        strategy: Strategy,
+        affinity: bool = True,
+        tick_s: float = TICK_S,
+        keeps_decisions: int = 10_000,
+    ) -> None:
+        self._policy = policy
+        self._fleet = fleet
+        self._strategy = strategy
+        self._affinity = affinity
+        self._tick_s = tick_s
+        self._keeps = keeps_decisions
+        self._meter = DemandMeter()
+        self._memory = Memory(wake_s=fleet.gpu[0].wake_s, create_s=fleet.gpu[0].boot_s)
+        self._machines: dict[int, Machine] = {}
+        self._gone: list[Machine] = []
+        self._loads: dict[int, WorkerLoad] = {}
+        self._line: deque[Job] = deque()
+        self._line_work = 0.0
+        self._events: list[tuple[float, int, int, int, int]] = []
+        self._order = 0
+        self._models: dict[str, frozenset[str]] = {}
+        self._costs = 0.0
+        self._count = 0
+        self.outcome = Outcome(
+            waits=array("d"), latencies=array("d"), machines=[], decisions=[], until_s=0.0, left_waiting=0
+        )
+
+    def run(self, arrivals: Iterable[Arrival], *, until_s: float | None = None) -> Outcome:
+        """Until every request is done (or `until_s`)."""
+        next_tick = 0.0
+        now = 0.0
+        for arrival in arrivals:
+            next_tick = self._advance(arrival.t_s, next_tick)
+            now = arrival.t_s
+            self._arrive(arrival)
+        end = float("inf") if until_s is None else until_s
+        # What is still in the system is brought to an end, ticking on; a fleet that cannot serve it gives up.
+        give_up = now + 24 * 3600.0
+        while (self._line or self._busy()) and next_tick <= min(end, give_up):
+            now = next_tick
+            next_tick = self._advance(next_tick, next_tick)
+        for machine in self._machines.values():
+            machine.account(now)
+        self.outcome.machines = [*self._machines.values(), *self._gone]
+        self.outcome.until_s = now
+        self.outcome.left_waiting = len(self._line)
+        return self.outcome
+
+    def _advance(self, until: float, next_tick: float) -> float:
+        """Handle everything due before `until`, in order of time; returns the next tick's time."""
+        events = self._events
+        while True:
+            due = events[0][0] if events else float("inf")
+            if next_tick <= due and next_tick <= until:
+                self._tick(next_tick)
+                next_tick += self._tick_s
+            elif due <= until:
+                at, _, kind, worker_id, epoch = heapq.heappop(events)
+                self._event(at, kind, worker_id, epoch)
+            else:
+                return next_tick
+
+    def _busy(self) -> bool:
+        return any(machine.job is not None for machine in self._machines.values())
+
+    def _arrive(self, arrival: Arrival) -> None:
+        now = arrival.t_s
+        self._count += 1
+        self._costs += arrival.work_s
+        self._meter.arrived(arrival.work_s, now)
+        job = (self._count, now, arrival.work_s, arrival.model)
+        if self._line or not self._place(job, now):
+            self._line.append(job)
+            self._line_work += arrival.work_s
+
+    def _place(self, job: Job, now: float) -> bool:
+        models = self._wanted(job[3])
+        chosen = choose(self._loads.items(), Want(job[2], models), max_queue_time=self._policy.max_queue_time, now=now)
+        if not isinstance(chosen, int):
+            return False
+        # The one just chosen comes last among equals.
+        self._loads[chosen] = self._loads.pop(chosen)
+        machine = self._machines[chosen]
+        began = machine.give(job, models, now)
+        if began is not None:
+            self._began(machine, began)
+        return True
+
+    def _wanted(self, model: str) -> frozenset[str]:
+        if not model or not self._affinity:
+            return NO_MODELS
+        known = self._models.get(model)
+        if known is None:
+            known = self._models[model] = frozenset({model})
+        return known
+
+    def _began(self, machine: Machine, at: float) -> None:
+        assert machine.job is not None  # noqa: S101
+        arrived = machine.job[1]
+        self.outcome.waits.append(at - arrived)
+        self.outcome.latencies.append(machine.busy_until - arrived)
+        self._push(machine.busy_until, _END_JOB, machine)
+
+    def _push(self, at: float, kind: int, machine: Machine) -> None:
+        self._order += 1
+        heapq.heappush(self._events, (at, self._order, kind, machine.id, machine.epoch))
+
+    def _event(self, now: float, kind: int, worker_id: int, epoch: int) -> None:
+        machine = self._machines.get(worker_id)
+        if machine is None or machine.epoch != epoch:
+            return
+        if kind == _END_START:
+            was_wake = machine.state is WorkerState.STARTING
+            took_s = now - machine.state_since
+            machine.to(WorkerState.IDLE, now)
+            self._memory = breaker.note_ready(self._memory, took_s=took_s, was_wake=was_wake)
+        else:
+            began = machine.end_job(now)
+            if began is not None:
+                self._began(machine, began)
+            elif machine.intent:
+                self._release(machine, now)
+        self._serve(now)
+
+    def _serve(self, now: float) -> None:
+        while self._line and self._place(self._line[0], now):
+            self._line_work -= self._line.popleft()[2]
+
+    def _tick(self, now: float) -> None:
+        self._serve(now)
+        mean = self._costs / self._count if self._count else self._memory.mean_cost
+        inputs = ScalingInputs(
+            policy=self._policy,
+            groups=(GroupFacts(id=1),),
+            demand=Demand(
+                waiting=len(self._line),
+                waiting_cost=max(0.0, self._line_work) if self._line else 0.0,
+                oldest_wait_s=now - self._line[0][1] if self._line else 0.0,
+                rates=self._meter.rates(now),
+            ),
+            workers=tuple(machine.facts(now) for machine in self._machines.values()),
+            memory=msgspec.structs.replace(self._memory, mean_cost=mean),
+            now=now,
+            boot_budget_s=0.0,
+        )
+        planned = self._strategy.plan(inputs)
+        self._memory = planned.memory
+        if planned.actions and len(self.outcome.decisions) < self._keeps:
+            decision = SimulatedDecision(t_s=now, sentence=planned.sentence, actions=planned.actions)
+            self.outcome.decisions.append(decision)
+        for action in planned.actions:
+            self._act(action, now)
+
+    def _act(self, action: Action, now: float) -> None:
+        if action.verb is Verb.CREATE:
+            self._create(now)
+            return
+        machine = self._machines[action.worker_id]
+        if action.verb is Verb.WAKE and machine.state is WorkerState.STOPPED:
+            machine.epoch += 1
+            machine.to(WorkerState.STARTING, now)
+            self._push(now + machine.kind.wake_s, _END_START, machine)
+        elif action.verb is Verb.KEEP:
+            machine.intent = ""
+            machine.load.is_open = machine.state is WorkerState.IDLE
+        elif action.verb in (Verb.STOP, Verb.DESTROY):
+            machine.intent = str(action.verb)
+            machine.load.is_open = False
+            if machine.job is None:
+                self._release(machine, now)
+
+    def _create(self, now: float) -> None:
+        counts: dict[str, int] = {}
+        for machine in self._machines.values():
+            counts[machine.kind.name] = counts.get(machine.kind.name, 0) + 1
+        kind = next((kind for kind in self._fleet.gpu if counts.get(kind.name, 0) < kind.count), None)
+        if kind is None:
+            self._memory = breaker.note_no_capacity(self._memory, "every GPU of the fleet file is in use", now)
+            return
+        self._order += 1
+        machine = Machine(self._order, kind, now)
+        machine.working_since = now
+        self._machines[machine.id] = machine
+        self._loads[machine.id] = machine.load
+        self._push(now + kind.boot_s, _END_START, machine)
+
+    def _release(self, machine: Machine, now: float) -> None:
+        """A drained machine stops, or goes."""
+        machine.epoch += 1
+        if machine.intent == "destroy":
+            machine.to(WorkerState.DESTROYING, now)
+            self._gone.append(self._machines.pop(machine.id))
+            del self._loads[machine.id]
+        else:
+            machine.intent = ""
+            machine.to(WorkerState.STOPPED, now)

@@ -1,0 +1,91 @@
+"""A run in numbers: percentiles of waiting and latency, GPU-seconds by what they were spent on, swaps, money; and the
+bound that nobody can beat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from comfyfleet.control.simulator.files import FleetFile
+from comfyfleet.control.simulator.simulation import Outcome, SimulatedDecision
+from comfyfleet.control.simulator.trace import Arrival
+
+PERCENTILES = (50, 90, 95, 99)
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """wait_s: arrival to the beginning of work; latency_s: to its end. gpu_s: busy, swap, idle, booting, total."""
+
+    name: str
+    requests: int
+    unserved: int
+    wait_s: dict[str, float]
+    latency_s: dict[str, float]
+    gpu_s: dict[str, float]
+    swaps: int
+    cost: float
+    workers_created: int
+    decisions: tuple[SimulatedDecision, ...] = ()
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p50, p90, p95, p99, max, mean; nearest rank."""
+    if not values:
+        return {}
+    ordered = sorted(values)
+    found = {f"p{p}": ordered[min(len(ordered) - 1, -(-len(ordered) * p // 100) - 1)] for p in PERCENTILES}
+    return {**found, "max": ordered[-1], "mean": sum(ordered) / len(ordered)}
+
+
+def summarise(name: str, outcome: Outcome, *, with_decisions: bool = False) -> Summary:
+    gpu_s: dict[str, float] = {}
+    cost = 0.0
+    for machine in outcome.machines:
+        for kind, seconds in machine.gpu_s.items():
+            gpu_s[kind] = gpu_s.get(kind, 0.0) + seconds
+        cost += sum(machine.gpu_s.values()) * machine.kind.price_hour / 3600.0
+    gpu_s["total"] = sum(gpu_s.values())
+    return Summary(
+        name=name,
+        requests=len(outcome.waits),
+        unserved=outcome.left_waiting,
+        wait_s=percentiles(outcome.waits),
+        latency_s=percentiles(outcome.latencies),
+        gpu_s=gpu_s,
+        swaps=sum(machine.swaps for machine in outcome.machines),
+        cost=cost,
+        workers_created=len(outcome.machines),
+        decisions=tuple(outcome.decisions) if with_decisions else (),
+    )
+
+
+def clairvoyant(arrivals: Sequence[Arrival], fleet: FleetFile) -> Summary:
+    """A bound: each job on the fastest kind the moment it arrives, no idle second, one load per model, one start.
+
+    No policy can use fewer GPU-seconds: every job's work has to be done, and every model has to be loaded once.
+    """
+    best = max(fleet.gpu, key=lambda kind: kind.score)
+    cheapest = min(fleet.gpu, key=lambda kind: kind.price_hour / kind.score)
+    models = {arrival.model for arrival in arrivals if arrival.model}
+    work = [arrival.work_s / best.score for arrival in arrivals]
+    gpu_s = {
+        "busy": sum(work),
+        "swap": len(models) * min(kind.swap_s for kind in fleet.gpu),
+        "idle": 0.0,
+        "booting": min(kind.boot_s for kind in fleet.gpu) if arrivals else 0.0,
+    }
+    gpu_s["total"] = sum(gpu_s.values())
+    money = sum(arrival.work_s for arrival in arrivals) / cheapest.score * cheapest.price_hour / 3600.0
+    return Summary(
+        name="clairvoyant bound",
+        requests=len(arrivals),
+        unserved=0,
+        wait_s=percentiles([0.0] * len(arrivals)),
+        latency_s=percentiles(work),
+        gpu_s=gpu_s,
+        swaps=len(models),
+        cost=money,
+        workers_created=1 if arrivals else 0,
+    )

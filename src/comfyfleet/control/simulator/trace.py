@@ -1,0 +1,130 @@
+"""Traces: what arrives when. CSV with the columns `t_s,work_s,model,tenant`, in order of time; and three generators.
+
+work_s is seconds of work at score 1.0, which is also its cost in load units. The generators are for the benchmark and
+for a first try: bursty (quiet with bursts), diurnal (a day's wave), flash-crowd (steady, then ten times as much).
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from comfyfleet.wire.errors import BadRequest
+
+COLUMNS = ("t_s", "work_s", "model", "tenant")
+
+
+class Arrival(NamedTuple):
+    """One request."""
+
+    t_s: float
+    work_s: float
+    model: str = ""
+    tenant: str = ""
+
+
+def read_trace(path: Path) -> Iterator[Arrival]:
+    """Arrivals of a CSV file, one by one. Raises BadRequest naming line and column."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.reader(file)
+        header = tuple(name.strip() for name in next(rows, []))
+        if missing := [name for name in ("t_s", "work_s") if name not in header]:
+            raise BadRequest(f"{path}: the column {missing[0]} is missing; there must be {', '.join(COLUMNS)}")
+        at = {name: header.index(name) for name in COLUMNS if name in header}
+        before = -math.inf
+        for number, row in enumerate(rows, start=2):
+            if not row:
+                continue
+            try:
+                t_s, work_s = float(row[at["t_s"]]), float(row[at["work_s"]])
+            except (ValueError, IndexError) as error:
+                raise BadRequest(f"{path}, line {number}: t_s and work_s must be numbers") from error
+            if not (math.isfinite(t_s) and math.isfinite(work_s)) or work_s < 0 or t_s < before:
+                raise BadRequest(f"{path}, line {number}: times must not go back, and work must not be negative")
+            before = t_s
+            model = row[at["model"]] if "model" in at and len(row) > at["model"] else ""
+            tenant = row[at["tenant"]] if "tenant" in at and len(row) > at["tenant"] else ""
+            yield Arrival(t_s, work_s, model, tenant)
+
+
+def write_trace(path: Path, arrivals: Iterable[Arrival]) -> int:
+    """Write a trace file; how many arrivals."""
+    count = 0
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for arrival in arrivals:
+            writer.writerow([f"{arrival.t_s:.3f}", f"{arrival.work_s:.3f}", arrival.model, arrival.tenant])
+            count += 1
+    return count
+
+
+def bursty(
+    *, hours: float = 4.0, seed: int = 1, quiet_rate: float = 0.02, burst_rate: float = 0.6, work_s: float = 12.0
+) -> Iterator[Arrival]:
+    """Quiet stretches (10 min on average) broken by bursts (3 min on average). Rates are requests per second."""
+    dice = random.Random(seed)  # noqa: S311 - repeatable on purpose
+    now, end = 0.0, hours * 3600.0
+    while now < end:
+        is_burst = dice.random() < 0.5
+        until = now + dice.expovariate(1 / 180.0 if is_burst else 1 / 600.0)
+        rate = burst_rate if is_burst else quiet_rate
+        yield from _poisson(dice, now, min(until, end), _steady(rate), work_s, peak=rate)
+        now = until
+
+
+def diurnal(
+    *, hours: float = 8.0, seed: int = 2, low_rate: float = 0.03, high_rate: float = 0.6, work_s: float = 12.0
+) -> Iterator[Arrival]:
+    """One smooth wave from low to high and back."""
+    end = hours * 3600.0
+
+    def rate(now: float) -> float:
+        return low_rate + (high_rate - low_rate) * (1 - math.cos(2 * math.pi * now / end)) / 2
+
+    yield from _poisson(random.Random(seed), 0.0, end, rate, work_s, peak=high_rate)  # noqa: S311
+
+
+def flash_crowd(
+    *, hours: float = 3.0, seed: int = 3, usual_rate: float = 0.08, crowd_rate: float = 0.8, work_s: float = 12.0
+) -> Iterator[Arrival]:
+    """A steady stream; after a third of the time, ten minutes of ten times as much."""
+    end = hours * 3600.0
+
+    def rate(now: float) -> float:
+        return crowd_rate if end / 3 <= now < end / 3 + 600.0 else usual_rate
+
+    yield from _poisson(random.Random(seed), 0.0, end, rate, work_s, peak=crowd_rate)  # noqa: S311
+
+
+GENERATORS: dict[str, Callable[[], Iterator[Arrival]]] = {
+    "bursty": bursty,
+    "diurnal": diurnal,
+    "flash-crowd": flash_crowd,
+}
+
+_MODELS = ("sd15", "sdxl", "flux", "wan22", "ace", "upscale")
+
+
+def _steady(rate: float) -> Callable[[float], float]:
+    return lambda _now: rate
+
+
+def _poisson(
+    dice: random.Random, start: float, end: float, rate: Callable[[float], float], work_s: float, *, peak: float
+) -> Iterator[Arrival]:
+    """Arrivals of a varying rate, by thinning. Work is lognormal around `work_s`; models are Zipf-like."""
+
+    now = start
+    weights = [1 / (place + 1) for place in range(len(_MODELS))]
+    while True:
+        now += dice.expovariate(peak)
+        if now >= end:
+            return
+        if dice.random() * peak <= rate(now):
+            model = dice.choices(_MODELS, weights)[0]
+            yield Arrival(now, dice.lognormvariate(math.log(work_s), 0.5), model, f"key{dice.randrange(5)}")
