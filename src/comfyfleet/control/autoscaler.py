@@ -1,9 +1,9 @@
 """How many workers, and which: one pure function of `ScalingInputs`. It never asks for a stop of a leased worker.
 
-Growing is immediate: take back a drain, then wake inactive workers, then create. Shrinking waits as long as starting
-a worker takes (a worker stopped too early costs a start, one kept too long costs idle time; waiting for the price of
-the other is at most twice the best). Failing starts are told apart from missing capacity, and paid time that leads to
-no ready worker is bounded.
+Growing is immediate: take back a drain, then wake inactive workers, then create; but a rate alone wakes nobody while
+workers stand idle. Shrinking waits for a part of the time that starting a worker takes (one stopped too early costs a
+start, one kept too long costs idle time). Failing starts are told apart from missing capacity, and paid time that
+leads to no ready worker is bounded.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from comfyfleet.control.worker_states import ACTIVE, BOOTING, WorkerState
 
 # An unknown score is taken for this until the first benchmark: 100 load units in 100 s.
 DEFAULT_PERF = 1.0
+# Surplus is kept for this part of what starting a worker takes (tuned on the simulator's traces).
+IDLE_PER_WAKE = 0.5
 MIN_DOWN_DELAY_S = 10.0
 MAX_DOWN_DELAY_S = 300.0
-# An inactive worker costs disk only, and starting it is quicker than making one: the pool shrinks slowly.
-COLD_DOWN_DELAY_S = 1800.0
+# An inactive worker costs disk only, and waking it is quicker than making one: kept so long unused.
+COLD_KEPT_S = 6 * 3600.0
 # The cold pool must be this much too big before it shrinks.
 COLD_SLACK = 1.3
 # Restarted at most so often in a row, then replaced.
@@ -51,7 +53,7 @@ def decide(inputs: ScalingInputs) -> Decision:
         return _nothing(inputs, "Suspended: nothing is started or stopped.")
     if policy.state in ("stopped", "destroyed"):
         return _wind_down(inputs)
-    perf = typical_perf(workers)
+    perf = typical_perf(inputs)
     service_s = memory.mean_cost / perf
     has_work = inputs.demand.waiting > 0 or any(worker.is_leased for worker in workers)
     last_at = max([inputs.demand.rates.last_arrival_at, *(worker.last_work_at for worker in workers)])
@@ -62,14 +64,33 @@ def decide(inputs: ScalingInputs) -> Decision:
     active = [worker for worker in workers if worker.state in ACTIVE and worker.intent not in ("stop", "destroy")]
     backlog = sum(worker.backlog for worker in active)
     by_rate = active_target(policy, load)
-    by_queue = queue_target(policy, inputs.demand, backlog=backlog, perf=perf)
+    serving = [worker for worker in active if worker.state not in BOOTING]
+    ready = sum(worker.perf or perf for worker in serving)
+    by_queue = queue_target(
+        policy,
+        inputs.demand,
+        backlog=backlog,
+        ready=ready,
+        perf=perf,
+        lead_s=memory.wake_s,
+    )
     target = max(by_rate, by_queue)
     is_hard = by_queue > by_rate
     floor = active_floor(policy, active_now=len(active), idle_s=idle_s)
     if inputs.demand.waiting:
         floor = max(floor, 1)
     total = total_target(policy, active_target(policy, load))
-    frame = Frame(inputs=inputs, perf=perf, target=target, floor=floor, total=total, active=tuple(active))
+    leased = sum(worker.perf or perf for worker in serving if worker.is_leased)
+    is_stretched = leased >= policy.target_util * ready - 1e-9
+    frame = Frame(
+        inputs=inputs,
+        perf=perf,
+        target=target,
+        urgent=target if is_stretched else max(by_queue, active_target(policy, 0.0)),
+        floor=floor,
+        total=total,
+        active=tuple(active),
+    )
     actions, why = _steps(frame, is_hard=is_hard)
     memory = _remember(frame)
     return Decision(
@@ -84,11 +105,15 @@ def decide(inputs: ScalingInputs) -> Decision:
 
 
 class Frame(msgspec.Struct, frozen=True, kw_only=True):
-    """What one decision has worked out so far. target and total are load/s, floor is workers."""
+    """What one decision has worked out so far. target, urgent and total are load/s, floor is workers.
+
+    target: what is kept. urgent: what is started for; less than target while workers stand idle.
+    """
 
     inputs: ScalingInputs
     perf: float
     target: float
+    urgent: float
     floor: int
     total: float
     active: tuple[WorkerFacts, ...]
@@ -96,19 +121,28 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     def score(self, worker: WorkerFacts) -> float:
         return worker.perf or self.perf
 
-    def carries(self, workers: list[WorkerFacts] | tuple[WorkerFacts, ...]) -> bool:
-        """These workers are enough to be active."""
+    def carries(self, workers: Sequence[WorkerFacts]) -> bool:
+        """These workers are enough to be active; without any one of them they might not be."""
         return len(workers) >= self.floor and sum(map(self.score, workers)) >= self.target - 1e-9
+
+    def suffices(self, workers: Sequence[WorkerFacts]) -> bool:
+        """With these workers active, none has to be started."""
+        return len(workers) >= self.floor and sum(map(self.score, workers)) >= self.urgent - 1e-9
 
     @property
     def down_delay_s(self) -> float:
-        return min(max(self.inputs.memory.wake_s, MIN_DOWN_DELAY_S), MAX_DOWN_DELAY_S)
+        return min(max(self.inputs.memory.wake_s * IDLE_PER_WAKE, MIN_DOWN_DELAY_S), MAX_DOWN_DELAY_S)
 
 
-def typical_perf(workers: tuple[WorkerFacts, ...]) -> float:
-    """Median of the known scores."""
-    known = [worker.perf for worker in workers if worker.perf > 0]
+def typical_perf(inputs: ScalingInputs) -> float:
+    """Median of the known scores; of earlier workers of the groups where there is none now."""
+    known = [worker.perf for worker in inputs.workers if worker.perf > 0]
+    known = known or [group.perf for group in inputs.groups if group.perf > 0]
     return statistics.median(known) if known else DEFAULT_PERF
+
+
+def _is_score_known(inputs: ScalingInputs) -> bool:
+    return any(worker.perf for worker in inputs.workers) or any(group.perf for group in inputs.groups)
 
 
 def _steps(frame: Frame, *, is_hard: bool) -> tuple[list[Action], str]:
@@ -122,7 +156,7 @@ def _steps(frame: Frame, *, is_hard: bool) -> tuple[list[Action], str]:
         return updates, "a newer version of the workergroup is rolled out"
     if surplus := _over_cap(frame):
         return surplus, f"max_workers is {inputs.policy.max_workers}"
-    if not frame.carries(frame.active):
+    if not frame.suffices(frame.active):
         why = "the queue is over target_queue_time" if is_hard else "expected load asks for it"
         if not frame.active and inputs.demand.waiting:
             why = f"{_requests(inputs.demand.waiting)} and no worker is active"
@@ -148,7 +182,7 @@ def _repairs(frame: Frame) -> list[Action]:
     for worker in inputs.workers:
         if worker.state is not WorkerState.ERROR or worker.is_foreign or worker.is_leased or worker.intent:
             continue
-        is_needed = not frame.carries(frame.active) or len(inputs.workers) <= inputs.policy.cold_workers
+        is_needed = not frame.suffices(frame.active) or len(inputs.workers) <= inputs.policy.cold_workers
         if worker.failures >= MAX_FAILURES or (not is_needed and inputs.now - worker.state_since > UNNEEDED_S):
             actions.append(Action(verb=Verb.DESTROY, group_id=worker.group_id, worker_id=worker.id))
         elif is_needed and inputs.now - worker.state_since >= 2.0 * 2**worker.failures and may_start(inputs):
@@ -177,18 +211,18 @@ def _grow(frame: Frame) -> list[Action]:
         *((worker, Verb.KEEP) for worker in sorted(draining, key=frame.score, reverse=True)),
         *((worker, Verb.WAKE) for worker in sorted(stopped, key=frame.score, reverse=True)),
     ]:
-        if frame.carries(active):
+        if frame.suffices(active):
             return actions
         if verb is Verb.WAKE and not may_start(inputs):
             continue
         actions.append(Action(verb=verb, group_id=worker.group_id, worker_id=worker.id))
         active.append(worker)
     group = _recruiting_group(inputs)
-    if frame.carries(active) or group is None or start_refusal(inputs):
+    if frame.suffices(active) or group is None or start_refusal(inputs):
         return actions
-    missing = frame.target - sum(map(frame.score, active))
+    missing = frame.urgent - sum(map(frame.score, active))
     wanted = max(workers_for(missing, frame.perf), frame.floor - len(active))
-    if not any(worker.perf for worker in inputs.workers):
+    if not _is_score_known(inputs):
         # Nobody knows yet what a worker can do here: learn from a few first.
         wanted = min(wanted, max(0, group.test_workers - len(active)))
     room = inputs.policy.max_workers - len(inputs.workers)
@@ -206,7 +240,7 @@ def _fill_cold(frame: Frame) -> list[Action]:
         return []
     by_count = inputs.policy.cold_workers - len(living)
     by_load = 0
-    if any(worker.perf for worker in living):
+    if _is_score_known(inputs):
         by_load = workers_for(frame.total - sum(map(frame.score, living)), frame.perf)
     booting = sum(worker.state in BOOTING for worker in living)
     # One after another beyond the first: a pool is no emergency, and what boots may already be enough.
@@ -227,10 +261,10 @@ def _shrink(frame: Frame) -> tuple[list[Action], str]:
     ]
     if actions:
         return actions, "active capacity is more than the load needs"
-    cold_since = inputs.memory.cold_over_since
-    if cold_since and now - cold_since >= COLD_DOWN_DELAY_S and (surplus := _cold_surplus(frame)):
-        destroy = Action(verb=Verb.DESTROY, group_id=surplus[0].group_id, worker_id=surplus[0].id)
-        return [destroy], "the cold pool is larger than it has to be"
+    unused = [worker for worker in _cold_surplus(frame) if now - worker.state_since >= COLD_KEPT_S]
+    if unused:
+        destroy = Action(verb=Verb.DESTROY, group_id=unused[0].group_id, worker_id=unused[0].id)
+        return [destroy], "it has not been needed for hours, and the cold pool is larger than it has to be"
     return [], ""
 
 
@@ -286,7 +320,6 @@ def _remember(frame: Frame) -> Memory:
         memory,
         decided_at=now,
         over_since=(memory.over_since or now) if is_over else 0.0,
-        cold_over_since=(memory.cold_over_since or now) if _cold_surplus(frame) else 0.0,
     )
 
 
@@ -312,7 +345,7 @@ def _nothing(inputs: ScalingInputs, sentence: str, actions: Sequence[Action] = (
         predicted_load=0.0,
         active_target=0.0,
         total_target=0.0,
-        memory=msgspec.structs.replace(inputs.memory, decided_at=inputs.now, over_since=0.0, cold_over_since=0.0),
+        memory=msgspec.structs.replace(inputs.memory, decided_at=inputs.now, over_since=0.0),
     )
 
 
@@ -334,7 +367,7 @@ def _sentence(frame: Frame, actions: Sequence[Action], why: str, load: float) ->
         f"{frame.target:.3g} wanted"
     )
     if not actions:
-        refusal = start_refusal(frame.inputs) if not frame.carries(frame.active) else ""
+        refusal = start_refusal(frame.inputs) if not frame.suffices(frame.active) else ""
         return f"Nothing to do: {refusal or numbers}."
     parts = []
     for verb in dict.fromkeys(action.verb for action in actions):

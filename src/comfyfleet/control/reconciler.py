@@ -66,6 +66,7 @@ class Reconciler:
         self._policies: dict[int, tuple[object, ...]] = {}
         self._states: dict[int, WorkerState] = {}
         self._said: dict[int, str] = {}
+        self._group_perf: dict[int, float] = {}
         self._kicked = anyio.Event()
 
     def kick(self) -> None:
@@ -105,6 +106,8 @@ class Reconciler:
                 worker = self._workers.move(worker.id, WorkerState.ERROR, now)
                 self._desk.lost(worker.id, lost)
                 log.warning("worker.failed", worker=worker.id, why=problem)
+            if worker.perf:
+                self._group_perf[worker.group_id] = worker.perf
             before = self._states.get(worker.id)
             self._states[worker.id] = worker.state
             if before is not None and before is not worker.state:
@@ -136,11 +139,16 @@ class Reconciler:
         """Everything the decision reads, as values."""
         now = self._clock.now()
         groups = tuple(
-            GroupFacts(id=group.id, generation=group.update_generation, is_deleted=group.deleted_at is not None)
+            GroupFacts(
+                id=group.id,
+                generation=group.update_generation,
+                perf=self._group_perf.get(group.id, 0.0),
+                is_deleted=group.deleted_at is not None,
+            )
             for group in self._catalog.workergroups(endpoint.id)
         )
         policy = scale_policy(endpoint)
-        signature = (policy, groups)
+        signature = (policy, tuple((group.id, group.generation) for group in groups))
         memory = self._memories.get(endpoint.id, Memory())
         if self._policies.get(endpoint.id, signature) != signature:
             memory = breaker.forgiven(memory)

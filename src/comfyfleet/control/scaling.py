@@ -31,11 +31,15 @@ class ScalePolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GroupFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """A workergroup that may recruit. test_workers: how many to start with while no score is known."""
+    """A workergroup that may recruit. test_workers: how many to start with while no score is known.
+
+    perf: what its workers scored last, 0 where none ever did.
+    """
 
     id: int
     generation: int = 0
     test_workers: int = 1
+    perf: float = 0.0
     is_deleted: bool = False
 
 
@@ -64,14 +68,13 @@ class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True):
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
     """What a decision leaves for the next one.
 
-    over_since: since when there is more active capacity than wanted (0: there is not); cold_over_since: the same for
-    the total. paid_boot_s: active time since a worker was last ready. failed_starts: in a row, of all workers.
-    wake_s, create_s: how long starting takes here, as seen so far. breaker_since: when spending was stopped, 0 not.
+    over_since: since when there is more active capacity than wanted (0: there is not). paid_boot_s: active time since a
+    worker was last ready. failed_starts: in a row, of all workers. wake_s, create_s: how long starting takes here, as
+    seen so far. mean_cost: of recent requests. breaker_since: when spending was stopped, 0 not.
     """
 
     decided_at: float = 0.0
     over_since: float = 0.0
-    cold_over_since: float = 0.0
     failed_starts: int = 0
     failed_at: float = 0.0
     last_error: str = ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from comfyfleet.control.demand import LONG_S, MIDDLE_S, SHORT_S, Demand
+from comfyfleet.control.demand import MIDDLE_S, SHORT_S, Demand
 from comfyfleet.control.scaling import ScalePolicy
 
 # A rate is only believed over a window of several jobs' length: one job of 100 s is no "7 load/s".
@@ -28,12 +28,12 @@ def predicted_load(demand: Demand, *, service_s: float, lead_s: float) -> float:
     rates = demand.rates
     wanted_s = WINDOW_JOBS * service_s
     if wanted_s <= SHORT_S:
-        rate = max(rates.short, rates.middle)
+        rate = rates.short
     elif wanted_s <= MIDDLE_S:
-        rate = max(rates.middle, rates.long)
+        rate = rates.middle
     else:
         rate = rates.long
-    if wanted_s <= LONG_S and rates.trend > 0 and rates.short > rates.middle:
+    if wanted_s <= MIDDLE_S and rates.trend > 0 and rates.short > rates.middle:
         rate += min(rates.trend * lead_s, TREND_CAP * rate)
     return rate
 
@@ -48,16 +48,25 @@ def total_target(policy: ScalePolicy, active: float) -> float:
     return max(active * policy.cold_mult, policy.min_cold_load)
 
 
-def queue_target(policy: ScalePolicy, demand: Demand, *, backlog: float, perf: float) -> float:
-    """Load/s that would begin all waiting work within `target_queue_time`; 0 when nothing waits.
+def queue_target(
+    policy: ScalePolicy, demand: Demand, *, backlog: float, ready: float, perf: float, lead_s: float
+) -> float:
+    """Load/s wanted because of what is in the system now; 0 where that is begun in time anyway.
 
-    A job runs on one worker, so more workers than waiting requests (beside those at work) help nobody.
+    ready: load/s of the workers that serve now (those that start count towards the target). Capacity ordered now
+    can only help with what is left after `lead_s`; that is to be begun within `target_queue_time`. A job runs on one
+    worker, so there is no sense in more of them than jobs that would still wait then.
     """
-    if not demand.waiting:
+    waiting = demand.waiting_cost
+    if not demand.waiting or waiting <= 0:
         return 0.0
-    by_time = (demand.waiting_cost + backlog) / max(policy.target_queue_time, 0.1)
-    by_count = demand.waiting * perf + (backlog / max(policy.target_queue_time, 0.1))
-    return min(by_time, by_count)
+    limit_s = max(policy.target_queue_time, 0.1)
+    if ready > 0 and (waiting + backlog) / ready <= limit_s:
+        return 0.0
+    left = max(0.0, waiting + backlog - ready * lead_s)
+    jobs_left = left / (waiting / demand.waiting)
+    extra = min(left / limit_s, jobs_left * perf)
+    return ready + extra if extra > 0 else 0.0
 
 
 def active_floor(policy: ScalePolicy, *, active_now: int, idle_s: float) -> int:

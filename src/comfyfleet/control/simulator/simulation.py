@@ -189,7 +189,7 @@ class Simulation:
         mean = self._costs / self._count if self._count else self._memory.mean_cost
         inputs = ScalingInputs(
             policy=self._policy,
-            groups=(GroupFacts(id=1),),
+            groups=(GroupFacts(id=1, perf=self._fleet.gpu[0].score),),
             demand=Demand(
                 waiting=len(self._line),
                 waiting_cost=max(0.0, self._line_work) if self._line else 0.0,
