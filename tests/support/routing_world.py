@@ -7,8 +7,8 @@ from pathlib import Path
 import anyio
 
 from comfyfleet.control.catalog import Catalog
-from comfyfleet.control.desk import TakeRequest
 from comfyfleet.control.keys import Keyring
+from comfyfleet.control.placements import TakeRequest
 from comfyfleet.control.plane import RoutingPlane
 from comfyfleet.control.records import Endpoint, Workergroup
 from comfyfleet.control.store.store import open_sqlite

@@ -13,21 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import msgspec
-
 from comfyfleet.clock import Clock
 from comfyfleet.control.demand import Backlog, Demand, DemandMeter, DemandRates
 from comfyfleet.control.load import Booking
 from comfyfleet.control.numbers import Numbers
+from comfyfleet.control.placements import Placed, TakeRequest, Waits, finished_entries, state_counts
 from comfyfleet.control.route_queue import Phase, RouteQueue, RouteTicket
-from comfyfleet.control.router import Refusal, Want, choose
+from comfyfleet.control.router import LOOKAHEAD, Refusal, Want, choose, is_overtaker, may_overtake
 from comfyfleet.control.tickets import TICKET_LIFETIME_S, Tickets
 from comfyfleet.control.worker import Worker
 from comfyfleet.control.workers import Folded, Workers
 from comfyfleet.ids import Ids
 from comfyfleet.wire.routing import RouteReady, RouteWaiting
 from comfyfleet.wire.tickets import TicketClaims
-from comfyfleet.wire.workers import FinishedRequest, FinishedRequests
+from comfyfleet.wire.workers import FinishedRequests
 
 # How long a booked worker waits for the caller's next poll (the public client polls at least each 5 s).
 GRANT_S = 7.0
@@ -39,36 +38,6 @@ REJOIN_S = 10.0
 STRIKE_WINDOW_S = 15.0
 _THROTTLE_FIRST_S = 0.06
 _THROTTLE_CAP_S = 2.0
-
-
-class TakeRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request at the desk. held: a durable job, whose booking ends only by a report or `release`."""
-
-    endpoint_id: int
-    endpoint_name: str
-    max_queue_time: float
-    scope: str
-    cost: float = 100.0
-    request_idx: int = 0
-    replay_timeout: float = 60.0
-    models: frozenset[str] = frozenset()
-    shape: str = ""
-    held: bool = False
-    excluded: frozenset[int] = frozenset()
-
-
-class Placed(msgspec.Struct, frozen=True, kw_only=True):
-    """The chosen worker and the answer to give."""
-
-    worker_id: int
-    answer: RouteReady
-
-
-class Waits(msgspec.Struct, frozen=True, kw_only=True):
-    """A place in the line. ticket.changed fires when there is news; not_before: no earlier answer (throttled)."""
-
-    ticket: RouteTicket
-    answer: RouteWaiting
 
 
 class Desk:
@@ -205,7 +174,8 @@ class Desk:
         if not self.queue.waiting_count(endpoint_id):
             return
         set_aside = []
-        for ticket in self.queue.line(endpoint_id):
+        for front in self.queue.line(endpoint_id):
+            ticket = front
             if ticket.uncollected:
                 set_aside.append(ticket)
                 continue
@@ -215,6 +185,14 @@ class Desk:
                 if chosen is not Refusal.ALL_EXCLUDED:
                     break
                 continue
+            load = self._workers.load(chosen)
+            if may_overtake(ticket.bypassed, ticket.want, load):
+                behind = self.queue.peek(endpoint_id, LOOKAHEAD)
+                overtaker = next((other for other in behind if self._fits(other, chosen, now)), None)
+                if overtaker is not None:
+                    ticket.bypassed += 1
+                    self.queue.put_back(ticket)
+                    ticket = overtaker
             self._workers.book(
                 chosen,
                 Booking(
@@ -339,6 +317,10 @@ class Desk:
             return
         self.queue.wait_again(ticket, now)
 
+    def _fits(self, ticket: RouteTicket, worker_id: int, now: float) -> bool:
+        load = self._workers.load(worker_id)
+        return not ticket.uncollected and worker_id not in ticket.excluded_now(now) and is_overtaker(ticket.want, load)
+
     def _strike(self, worker_id: int, now: float) -> None:
         before = self._strikes.get(worker_id)
         self._strikes[worker_id] = now
@@ -385,18 +367,3 @@ class Desk:
             reason=self.why(request.endpoint_id),
             request_id=self._ids.request_id(),
         )
-
-
-def finished_entries(report: FinishedRequests) -> list[FinishedRequest]:
-    """Both forms of `/delete_requests/` as one."""
-    status = "Success" if report.success else "Error"
-    older = [FinishedRequest(request_idx=idx, success=report.success, status=status) for idx in report.request_idxs]
-    return [*report.requests, *older]
-
-
-def state_counts(workers: list[Worker]) -> str:
-    """ "1 loading, 2 idle": the text that the documents show as `status`."""
-    counts: dict[str, int] = {}
-    for worker in workers:
-        counts[str(worker.state)] = counts.get(str(worker.state), 0) + 1
-    return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "no workers"

@@ -18,7 +18,7 @@ UNKNOWN_COST = 100.0
 
 @dataclass(slots=True, kw_only=True)
 class Booking:
-    """One request on one worker. seen: the worker has listed it."""
+    """One request on one worker. seen: the worker has listed it. swap: load units lost to loading its models first."""
 
     request_idx: int
     cost: float
@@ -26,6 +26,11 @@ class Booking:
     seen: bool = False
     held: bool = False
     models: frozenset[str] = frozenset()
+    swap: float = 0.0
+
+    @property
+    def work(self) -> float:
+        return self.cost + self.swap
 
 
 class WorkerLoad:
@@ -99,15 +104,17 @@ class WorkerLoad:
         if not self._bookings or total <= 0:
             return total
         head = next(iter(self._bookings.values()))
-        return total - min(head.cost, max(0.0, (now - self._head_since) * self.score))
+        return total - min(head.work, max(0.0, (now - self._head_since) * self.score))
 
     def book(self, booking: Booking) -> None:
         """Add one; the same request again replaces its booking."""
         self.finish(booking.request_idx, booking.at)
         if not self._bookings:
             self._head_since = booking.at
+        if booking.models and self.swap_s and not self.is_warm(booking.models):
+            booking.swap = self.swap_s * self.score
         self._bookings[booking.request_idx] = booking
-        self._booked_cost += booking.cost
+        self._booked_cost += booking.work
         self._tail_models = booking.models
         self.last_work_at = booking.at
 
@@ -115,7 +122,7 @@ class WorkerLoad:
         """Remove one; None if it was not there."""
         booking = self._bookings.pop(request_idx, None)
         if booking is not None:
-            self._booked_cost = self._booked_cost - booking.cost if self._bookings else 0.0
+            self._booked_cost = self._booked_cost - booking.work if self._bookings else 0.0
             self._head_since = self.last_work_at = now
         return booking
 

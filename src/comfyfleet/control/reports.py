@@ -10,8 +10,9 @@ from collections.abc import Callable
 import structlog
 
 from comfyfleet.clock import Clock
-from comfyfleet.control.desk import Desk, finished_entries
+from comfyfleet.control.desk import Desk
 from comfyfleet.control.learned_cost import LearnedCost
+from comfyfleet.control.placements import finished_entries
 from comfyfleet.control.scores import Scores
 from comfyfleet.control.worker_states import WorkerState
 from comfyfleet.control.workers import Workers

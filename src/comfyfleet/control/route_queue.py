@@ -10,6 +10,7 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 
 import anyio
 
@@ -50,6 +51,7 @@ class RouteTicket:
     rejoined_at: float = 0.0
     preferred: int = 0
     uncollected: bool = False
+    bypassed: int = 0
     excluded: dict[int, float] = field(default_factory=dict)
     changed: anyio.Event | None = None
 
@@ -127,6 +129,13 @@ class RouteQueue:
             ticket = self._tickets.get(request_idx)
             if ticket is not None and ticket.phase is Phase.WAITING and ticket.order == order:
                 yield ticket
+
+    def peek(self, endpoint_id: int, count: int) -> list[RouteTicket]:
+        """The next waiting tickets, in order, left where they are."""
+        found = list(islice(self.line(endpoint_id), count))
+        for ticket in found:
+            self.put_back(ticket)
+        return found
 
     def put_back(self, ticket: RouteTicket) -> None:
         """A ticket taken by `line` that still waits."""

@@ -3,7 +3,8 @@
 Expected finish = backlog ÷ score + own cost ÷ score + the time to load models that the request needs and the worker
 does not have warm (where the request says which). Backlogs level out at equal *times*, so shares follow scores. A
 worker whose expected queue is over the endpoint's `max_queue_time` is full: the request waits in the endpoint's queue
-instead, where the next free worker finds it.
+instead, where the next free worker finds it. The line is first in, first out; only where requests say which models
+they need may one be overtaken, a bounded number of times, by one whose models are warm.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ import msgspec
 from comfyfleet.control.load import WorkerLoad
 
 Key = TypeVar("Key")
+
+# How often a request may be overtaken by ones that need no model loaded, and how far back those are looked for.
+MAX_BYPASSED = 20
+LOOKAHEAD = 64
 
 
 class Refusal(StrEnum):
@@ -83,3 +88,17 @@ def choose(
     if not open_count:
         return Refusal.NO_WORKER
     return Refusal.ALL_EXCLUDED if excluded_count == open_count else Refusal.ALL_FULL
+
+
+def may_overtake(bypassed: int, want: Want, load: WorkerLoad) -> bool:
+    """The chosen worker would have to load models for the request at the front, so another may go first there.
+
+    Without this, a long line of mixed models makes every worker load a model for every job, and the line never gets
+    shorter. A request is overtaken `MAX_BYPASSED` times at most, and only by requests that the worker is warm for.
+    """
+    return bypassed < MAX_BYPASSED and bool(want.models) and load.swap_s > 0 and not load.is_warm(want.models)
+
+
+def is_overtaker(want: Want, load: WorkerLoad) -> bool:
+    """This request is one that the worker is warm for."""
+    return bool(want.models) and load.is_warm(want.models)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from comfyfleet.control.desk import Placed, Waits
+from comfyfleet.control.placements import Placed, Waits
 from support.routing_world import RoutingWorld
 
 pytestmark = pytest.mark.anyio

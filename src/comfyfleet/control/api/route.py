@@ -17,9 +17,10 @@ from starlette.routing import BaseRoute, Route
 from comfyfleet.clock import Clock
 from comfyfleet.control.auth import ROUTE
 from comfyfleet.control.catalog import Catalog
-from comfyfleet.control.desk import Desk, Placed, TakeRequest
+from comfyfleet.control.desk import Desk
 from comfyfleet.control.keys import Keyring
 from comfyfleet.control.learned_cost import LearnedCost
+from comfyfleet.control.placements import Placed, TakeRequest
 from comfyfleet.control.tickets import Tickets
 from comfyfleet.ids import Ids
 from comfyfleet.web import bearer_key, control_error

@@ -10,13 +10,14 @@ import heapq
 from array import array
 from collections import deque
 from collections.abc import Iterable
+from itertools import islice
 
 import msgspec
 
 from comfyfleet.control import breaker
 from comfyfleet.control.demand import Demand, DemandMeter
 from comfyfleet.control.load import WorkerLoad
-from comfyfleet.control.router import Want, choose
+from comfyfleet.control.router import LOOKAHEAD, Want, choose, may_overtake
 from comfyfleet.control.scaling import Action, GroupFacts, Memory, ScalePolicy, ScalingInputs, Verb
 from comfyfleet.control.simulator.files import FleetFile
 from comfyfleet.control.simulator.machines import Job, Machine
@@ -74,6 +75,7 @@ class Simulation:
         self._loads: dict[int, WorkerLoad] = {}
         self._line: deque[Job] = deque()
         self._line_work = 0.0
+        self._bypassed: dict[int, int] = {}
         self._events: list[tuple[float, int, int, int, int]] = []
         self._order = 0
         self._models: dict[str, frozenset[str]] = {}
@@ -132,17 +134,32 @@ class Simulation:
             self._line_work += arrival.work_s
 
     def _place(self, job: Job, now: float) -> bool:
-        models = self._wanted(job[3])
-        chosen = choose(self._loads.items(), Want(job[2], models), max_queue_time=self._policy.max_queue_time, now=now)
+        """Give the job, or one behind it that needs no model loaded there, to the worker the router chooses."""
+        want = Want(job[2], self._wanted(job[3]))
+        chosen = choose(self._loads.items(), want, max_queue_time=self._policy.max_queue_time, now=now)
         if not isinstance(chosen, int):
             return False
         # The one just chosen comes last among equals.
-        self._loads[chosen] = self._loads.pop(chosen)
-        machine = self._machines[chosen]
-        began = machine.give(job, models, now)
+        load = self._loads[chosen] = self._loads.pop(chosen)
+        if self._line and may_overtake(self._bypassed.get(job[0], 0), want, load):
+            behind = islice(enumerate(self._line), 1, LOOKAHEAD)
+            place = next((at for at, other in behind if load.is_warm(self._wanted(other[3]))), None)
+            if place is not None:
+                self._bypassed[job[0]] = self._bypassed.get(job[0], 0) + 1
+                overtaker = self._line[place]
+                del self._line[place]
+                self._line_work -= overtaker[2]
+                self._start(chosen, overtaker, now)
+                return self._place(job, now)
+        self._bypassed.pop(job[0], None)
+        self._start(chosen, job, now)
+        return True
+
+    def _start(self, worker_id: int, job: Job, now: float) -> None:
+        machine = self._machines[worker_id]
+        began = machine.give(job, self._wanted(job[3]), now)
         if began is not None:
             self._began(machine, began)
-        return True
 
     def _wanted(self, model: str) -> frozenset[str]:
         if not model or not self._affinity:
