@@ -18,13 +18,14 @@ import structlog
 from comfyfleet.clock import Clock
 from comfyfleet.control.backlog import Backlog
 from comfyfleet.control.catalog import Catalog
-from comfyfleet.control.desk import Desk, Placed, TakeRequest
+from comfyfleet.control.desk import Desk
 from comfyfleet.control.fair_share import FairShare
 from comfyfleet.control.job_feed import JobFeed, Kick
 from comfyfleet.control.job_run import JobRun, RunOutcome
 from comfyfleet.control.jobs import Job, JobHead, Lease
 from comfyfleet.control.keys import Vault
 from comfyfleet.control.leases import LEASE_S, LOST_AFTER_S, is_abandoned
+from comfyfleet.control.placements import Placed, TakeRequest
 from comfyfleet.control.records import Endpoint
 from comfyfleet.control.route_queue import RouteTicket
 from comfyfleet.control.store.base import Store
