@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import csv
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from comfyfleet.ids import SeededIds
 from comfyfleet.wire.errors import BadRequest
 
 COLUMNS = ("t_s", "work_s", "model", "tenant")
@@ -67,11 +67,11 @@ def bursty(
     *, hours: float = 4.0, seed: int = 1, quiet_rate: float = 0.02, burst_rate: float = 0.6, work_s: float = 12.0
 ) -> Iterator[Arrival]:
     """Quiet stretches (10 min on average) broken by bursts (3 min on average). Rates are requests per second."""
-    dice = random.Random(seed)  # noqa: S311 - repeatable on purpose
+    dice = SeededIds(seed)
     now, end = 0.0, hours * 3600.0
     while now < end:
-        is_burst = dice.random() < 0.5
-        until = now + dice.expovariate(1 / 180.0 if is_burst else 1 / 600.0)
+        is_burst = dice.uniform(0, 1) < 0.5
+        until = now + _exponential(dice, 180.0 if is_burst else 600.0)
         rate = burst_rate if is_burst else quiet_rate
         yield from _poisson(dice, now, min(until, end), _steady(rate), work_s, peak=rate)
         now = until
@@ -86,7 +86,7 @@ def diurnal(
     def rate(now: float) -> float:
         return low_rate + (high_rate - low_rate) * (1 - math.cos(2 * math.pi * now / end)) / 2
 
-    yield from _poisson(random.Random(seed), 0.0, end, rate, work_s, peak=high_rate)  # noqa: S311
+    yield from _poisson(SeededIds(seed), 0.0, end, rate, work_s, peak=high_rate)
 
 
 def flash_crowd(
@@ -98,7 +98,7 @@ def flash_crowd(
     def rate(now: float) -> float:
         return crowd_rate if end / 3 <= now < end / 3 + 600.0 else usual_rate
 
-    yield from _poisson(random.Random(seed), 0.0, end, rate, work_s, peak=crowd_rate)  # noqa: S311
+    yield from _poisson(SeededIds(seed), 0.0, end, rate, work_s, peak=crowd_rate)
 
 
 GENERATORS: dict[str, Callable[[], Iterator[Arrival]]] = {
@@ -115,16 +115,35 @@ def _steady(rate: float) -> Callable[[float], float]:
 
 
 def _poisson(
-    dice: random.Random, start: float, end: float, rate: Callable[[float], float], work_s: float, *, peak: float
+    dice: SeededIds, start: float, end: float, rate: Callable[[float], float], work_s: float, *, peak: float
 ) -> Iterator[Arrival]:
     """Arrivals of a varying rate, by thinning. Work is lognormal around `work_s`; models are Zipf-like."""
 
     now = start
-    weights = [1 / (place + 1) for place in range(len(_MODELS))]
     while True:
-        now += dice.expovariate(peak)
+        now += _exponential(dice, 1 / peak)
         if now >= end:
             return
-        if dice.random() * peak <= rate(now):
-            model = dice.choices(_MODELS, weights)[0]
-            yield Arrival(now, dice.lognormvariate(math.log(work_s), 0.5), model, f"key{dice.randrange(5)}")
+        if dice.uniform(0, peak) <= rate(now):
+            yield Arrival(now, work_s * math.exp(0.5 * _normal(dice)), _zipf(dice), f"key{dice.random_int() % 5}")
+
+
+def _exponential(dice: SeededIds, mean: float) -> float:
+    return -mean * math.log(1.0 - dice.uniform(0, 1))
+
+
+def _normal(dice: SeededIds) -> float:
+    """Box and Muller's way."""
+    radius = math.sqrt(-2.0 * math.log(1.0 - dice.uniform(0, 1)))
+    return radius * math.cos(2.0 * math.pi * dice.uniform(0, 1))
+
+
+def _zipf(dice: SeededIds) -> str:
+    """The model at place n is asked for 1/n as often as the first."""
+    weights = [1 / (place + 1) for place in range(len(_MODELS))]
+    at = dice.uniform(0, sum(weights))
+    for model, weight in zip(_MODELS, weights, strict=True):
+        at -= weight
+        if at <= 0:
+            return model
+    return _MODELS[-1]
