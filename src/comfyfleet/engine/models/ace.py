@@ -105,10 +105,8 @@ class AceNetwork(Resident[AceTransformer]):
     def _context(self, network: AceTransformer, conditioning: ConditioningEntry) -> PreparedContext:
         known = self._prepared.get(id(conditioning))
         if known is None:
+            ids = _checked_lyrics(conditioning, network.sizes)
             text = conditioning.embedding.to(self.device, self.dtype)
-            ids = conditioning.lyric_ids
-            if ids is None:
-                raise ModelFileUnusable("an ACE-Step model needs lyrics: use TextEncodeAceStepAudio for its prompts")
             context = network.encode_context(text, ids.to(self.device), conditioning.lyrics_strength)
             known = _Prepared(conditioning=conditioning, context=network.prepare(context))
             self._prepared[id(conditioning)] = known
@@ -122,6 +120,19 @@ class AceNetwork(Resident[AceTransformer]):
         if device != self.device:
             self.end_of_run()
         super().move_to(device)
+
+
+def _checked_lyrics(conditioning: ConditioningEntry, sizes: TransformerSizes) -> Tensor:
+    """The lyric ids of a prompt that this model can read. Raises ModelFileUnusable, saying whose prompt it is instead.
+
+    Checked before the embedding is: an id beyond its rows would end the whole process on a GPU.
+    """
+    ids, text_width = conditioning.lyric_ids, conditioning.embedding.shape[-1]
+    if ids is None:
+        raise ModelFileUnusable("an ACE-Step model needs lyrics: encode its prompts with TextEncodeAceStepAudio")
+    if text_width != sizes.text_width or int(ids.max()) >= sizes.lyric_rows:
+        raise ModelFileUnusable("this prompt was encoded for another ACE-Step checkpoint: use the same file's CLIP")
+    return ids
 
 
 class AceTextEncoder:
@@ -200,13 +211,12 @@ class AceSound(nn.Module):
         mel = (mel * 0.5 + 0.5) * (LOUDEST_MEL - QUIETEST_MEL) + QUIETEST_MEL
         return self.vocoder.windows(mel)
 
-    def latents(self, waveform: Tensor) -> Tensor:
-        """(B, 2, samples), samples a multiple of 4096 -> (B, 8, 16, samples / 4096)."""
+    def latents(self, waveform: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, 2, samples) float32, samples a multiple of 4096 -> (B, 8, 16, samples / 4096), encoded in `dtype`."""
         batch, channels, samples = waveform.shape
-        mel = log_mel(waveform.reshape(-1, samples)).to(waveform.dtype)
-        mel = (mel - QUIETEST_MEL) / (LOUDEST_MEL - QUIETEST_MEL)
+        mel = (log_mel(waveform.reshape(-1, samples)) - QUIETEST_MEL) / (LOUDEST_MEL - QUIETEST_MEL)
         spectrogram = ((mel - 0.5) / 0.5).view(batch, channels, *mel.shape[1:])
-        return (self.dcae.encoder(spectrogram) - LATENT_SHIFT) * LATENT_SCALE
+        return (self.dcae.encoder(spectrogram.to(dtype)) - LATENT_SHIFT) * LATENT_SCALE
 
 
 class AceAutoencoder(Resident[AceSound]):
@@ -239,7 +249,7 @@ class AceAutoencoder(Resident[AceSound]):
             raise ValueError(f"sound shorter than {SAMPLES_PER_COLUMN} samples cannot be encoded")
         start = remainder // 2
         waveform = waveform[:, :2, start : start + columns * SAMPLES_PER_COLUMN]
-        rows = [self.network().latents(row[None].to(self.device, self.dtype)) for row in waveform]
+        rows = [self.network().latents(row[None].to(self.device), self.dtype) for row in waveform]
         return torch.cat(rows).float().cpu()
 
 

@@ -62,6 +62,21 @@ class TransformerSizes:
         )
 
 
+# ace_step_v1_3.5b, for measurements without its file: 2.59 billion weights in use.
+PUBLISHED_SIZES = TransformerSizes(
+    channels=8,
+    patch=(16, 1),
+    patch_width=2048,
+    width=2560,
+    layers=24,
+    hidden=6400,
+    text_width=768,
+    speaker_width=512,
+    lyric_rows=6693,
+    lyrics=LyricEncoderSizes(inputs=1024, width=1024, heads=16, hidden=4096, layers=6),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreparedContext:
     """What one conditioning is to every step: per block, cross-attention keys (turned) and values (B, H, n, 128)."""

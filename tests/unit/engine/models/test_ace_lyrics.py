@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from comfyfleet.engine.miniatures.ace import lyric_ids, lyric_vocabulary
 from comfyfleet.engine.models.ace_lyrics.cleaning import clean
@@ -178,3 +180,30 @@ def test_another_file_in_the_vocabularys_place_is_refused(tmp_path):
 
     with pytest.raises(ModelFileUnusable, match="not the vocabulary"):
         LyricTokenizer.from_file(wrong)
+
+
+@given(line=st.text(max_size=80))
+def test_any_line_becomes_plain_words(line):
+    written = tagged(line.strip())
+
+    assert " " not in written
+    assert '"' not in written
+    assert written.startswith("[")
+
+
+@given(number=st.integers(0, 10**15))
+def test_any_whole_number_is_spoken_in_words(number):
+    assert re.fullmatch(r"[a-z]+( [a-z]+)*", spell_numbers(str(number)))
+
+
+@given(lines=st.lists(st.text("abc 12.,!", max_size=12), max_size=6))
+def test_every_line_of_lyrics_ends_once(lines):
+    tokenizer = LyricTokenizer.from_json(lyric_vocabulary())
+    segment = "\n".join(lines)
+
+    ids = tokenizer.encode([segment])
+
+    ends = segment.count("\n") + 1 if segment else 0
+    spaces = sum(tagged(line.strip()).count("[SPACE]") for line in lines if line.strip())
+    assert ids[0] == START_ID
+    assert ids.count(LINE_END_ID) == ends + spaces

@@ -1,11 +1,14 @@
 """ACE-Step's networks compute what ComfyUI 0.3.64 computes from the same file (goldens/ace/given_ids)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from comfyfleet.engine.models.ace_transformer import rotary_tables
+from comfyfleet.engine.models.ace_transformer import PUBLISHED_SIZES, AceTransformer, rotary_tables
 from comfyfleet.engine.models.checkpoint import open_checkpoint
 from comfyfleet.engine.values import Audio, ConditioningEntry
+from comfyfleet.wire.errors import ModelFileUnusable
 from unit.engine.models.ace_goldens import CHECKPOINT, distance, parts, tensors
 
 TIGHT = 1e-5
@@ -137,6 +140,21 @@ def test_the_context_is_made_once_a_run_and_forgotten_at_its_end(given):
     assert not model._prepared
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lyric_ids": None}, "needs lyrics"),
+        ({"lyric_ids": torch.tensor([[261, 6693]])}, "another ACE-Step checkpoint"),
+        ({"embedding": torch.zeros(1, 9, 768)}, "another ACE-Step checkpoint"),
+    ],
+)
+def test_a_prompt_of_another_model_is_refused_before_it_is_read(given, change, message):
+    prompt = ConditioningEntry(embedding=given["text"], lyric_ids=given["lyric_ids"])
+
+    with pytest.raises(ModelFileUnusable, match=message):
+        parts()[0].network.forward(given["forward.x"][:1], torch.tensor([700.0]), replace(prompt, **change))
+
+
 def test_mono_and_stereo_sound_is_encoded():
     vae = parts()[2]
     dice = torch.Generator().manual_seed(3)
@@ -159,3 +177,12 @@ def test_a_loud_waveform_is_turned_down_and_a_quiet_one_is_not(given):
     assert played.sample_rate_hz == 44_100
     assert played.waveform.shape == (1, 2, 4 * 4096)
     assert distance(played.waveform[0], raw / max(1.0, float(5 * raw.std()))) <= TIGHT
+
+
+def test_the_published_sizes_make_the_published_model():
+    """Width 2560 (20 heads), 24 blocks, a lyric encoder of 1024 x 6; nothing is allocated here."""
+    network = AceTransformer(PUBLISHED_SIZES)
+
+    weights = sum(each.numel() for each in network.parameters())
+    assert all(each.is_meta for each in network.parameters())
+    assert 2.58e9 < weights < 2.60e9, "of 3.3: cross-attention's add_* and the training projectors are not read"
