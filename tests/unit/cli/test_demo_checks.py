@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from comfyfleet.cli.demo_checks import FilmFacts, SongFacts, film_faults, song_faults, vbr_level
+from comfyfleet.cli.demo_checks import FilmFacts, SongFacts, differ_in_bitrate, film_faults, has_vbr_header, song_faults
 
 SONG = SongFacts(
     codec="mp3",
     channels=2,
     sample_rate_hz=44100,
     duration_s=179.9,
-    vbr_level=0,
+    is_vbr=True,
+    kbps=262.0,
     prompt={"1": {"class_type": "SaveAudioMP3"}},
 )
 FILM = FilmFacts(codec="h264", width=640, height=640, frames=81, fps=16.0)
@@ -31,8 +32,8 @@ def test_the_documents_song_and_film_pass() -> None:
         {"channels": 1},
         {"sample_rate_hz": 48000},
         {"duration_s": 12.0},
-        {"vbr_level": None},
-        {"vbr_level": 4},
+        {"is_vbr": False},
+        {"kbps": 128.0},
         {"prompt": None},
     ],
 )
@@ -45,9 +46,9 @@ def test_any_other_film_is_called_wrong(change: dict[str, object]) -> None:
     assert len(film_faults(replace(FILM, **change))) == 1
 
 
-@pytest.mark.parametrize(("quality", "level"), [(100, 0), (97, 0), (91, 0), (90, 1), (57, 4)])
-def test_the_v_of_a_vbr_file_is_read_from_its_header(quality: int, level: int) -> None:
-    header = b"junk" + b"Xing" + (0xF).to_bytes(4, "big") + bytes(4 + 4 + 100) + quality.to_bytes(4, "big")
-
-    assert vbr_level(header) == level
-    assert vbr_level(b"no header here") is None
+def test_vbr_is_what_the_header_says_and_the_frames_show() -> None:
+    assert has_vbr_header(b"ID3....Xing....")
+    assert not has_vbr_header(b"ID3....Info....")
+    assert differ_in_bitrate([835, 1044, 836])
+    assert not differ_in_bitrate([417, 418, 417])
+    assert not differ_in_bitrate([])

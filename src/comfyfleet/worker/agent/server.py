@@ -27,6 +27,7 @@ from starlette.types import Receive, Scope, Send
 from comfyfleet.clock import Clock
 from comfyfleet.web import JsonResponse, sse_frame, worker_error
 from comfyfleet.wire.errors import FleetError, NotFound, Unauthorized, Unavailable, Unprocessable
+from comfyfleet.wire.jobs import RunStatus
 from comfyfleet.wire.tickets import TicketClaims
 from comfyfleet.worker.agent.load_book import LoadBook
 from comfyfleet.worker.agent.session_routes import SessionRoutes
@@ -190,8 +191,13 @@ class TicketedServer:
         job = self._service.by_key(claims.sub, job_key(claims))
         if job is None:
             return
+        percentage = 0.0
         async for event in self._service.events(job):
-            snapshot = {"status": event.status.value, "message": event.message, "percentage": event.progress or 0.0}
+            if event.progress is not None:
+                percentage = event.progress
+            if event.status in (RunStatus.GENERATED, RunStatus.COMPLETED):
+                percentage = 100.0
+            snapshot = {"status": event.status.value, "message": event.message, "percentage": percentage}
             yield sse_frame(_encode(snapshot))
 
 
