@@ -217,6 +217,12 @@ def _stages(kit: Kit, operator_webhook: str, pulled: Path) -> Stages:
             result = _result_decoder.decode(finished.body)
             await kit.notify.finished(result, target, scope=job.scope, occurrence=f"{job.accepted_at:.6f}")
 
+    async def follow(job: Job) -> None:
+        try:
+            await kit.notify.follow(job.events.follow(), job.id, job.request.webhook, scope=job.scope)
+        except Exception:  # the stage boundary: news that cannot be told must not end the job
+            log.exception("webhook.progress_not_told", job=job.id)
+
     return Stages(
         fetch_inputs=fetch_inputs,
         store_outputs=store_outputs,
@@ -224,6 +230,7 @@ def _stages(kit: Kit, operator_webhook: str, pulled: Path) -> Stages:
         check=kit.check,
         resign=resign,
         notify=notify,
+        follow=follow,
     )
 
 

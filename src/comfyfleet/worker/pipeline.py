@@ -7,7 +7,7 @@ about faults itself (`engines.faults`) and knows no HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,9 @@ class Stages:
     check: Callable[[GenerateInput], None]
     resign: Callable[[list[OutputEntry], GenerateInput], Awaitable[None]]
     notify: Callable[[Job, Finished], Awaitable[None]]
+    follow: Callable[
+        [Job], Coroutine[Any, Any, None]
+    ]  # tells a job's progress to whoever asked for it, to the job's end
 
 
 class Pipeline:

@@ -295,6 +295,8 @@ class JobService:
         if self._pipeline is None:
             return
         try:
+            if job.request.webhook.events and self._tasks is not None:
+                self._tasks.start_soon(self._stages.follow, job)
             finished = await self._pipeline.run(job, self._graphs.get((job.scope, job.key)), adopted)
             await self._finish(job, finished)
         finally:

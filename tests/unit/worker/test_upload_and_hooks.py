@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from comfyfleet.settings.storage import StorageSettings
 from comfyfleet.web import worker_error
 from comfyfleet.wire.errors import FleetError
 from comfyfleet.wire.generation import GenerateResult, WebhookTarget
+from comfyfleet.wire.jobs import RunStatus
 from comfyfleet.worker.api.files_and_hooks import routes
+from comfyfleet.worker.job import RunEvent
 from comfyfleet.worker.stages.kit import KitPlaces, open_kit
-from comfyfleet.worker.stages.notify import ProgressNews
 
 pytestmark = pytest.mark.anyio
 
@@ -145,15 +147,22 @@ async def test_without_any_webhook_there_is_nothing_to_try(tmp_path: Path) -> No
         assert (await client.post("/webhooks/test")).status_code == 400
 
 
-async def test_progress_is_told_only_when_asked_for(tmp_path: Path) -> None:
-    async with a_receiver() as (url, _), a_wrapper(tmp_path) as (client, kit):
-        quiet, curious = WebhookTarget(url=url), WebhookTarget(url=url, events=("started", "progress"))
-        news = ProgressNews(percentage=12.5, node_id="3")
-        assert await kit.notify.started("a", quiet, scope="") is None
-        assert await kit.notify.progressed("a", "generating", news, quiet, scope="") is None
-        assert await kit.notify.started("b", curious, scope="")
-        assert await kit.notify.progressed("b", "generating", news, curious, scope="")
-        assert await kit.notify.progressed("b", "generating", news, curious, scope="") is None
-        told = [event["event"] for event in (await client.get("/webhooks", params={"job": "b"})).json()]
+def a_log() -> AsyncIterator[RunEvent]:
+    """What a job's log holds: queued, begun, and three steps in half a second."""
 
-    assert sorted(told) == ["job.progress", "job.started"]
+    async def events() -> AsyncIterator[RunEvent]:
+        yield RunEvent(number=1, at=1.0, status=RunStatus.QUEUED, message="Waiting.")
+        yield RunEvent(number=2, at=2.0, status=RunStatus.GENERATING, message="Generating.")
+        for step in range(3):
+            yield RunEvent(number=3 + step, at=2.1 + step / 10, status=RunStatus.GENERATING, message="s", progress=50.0)
+
+    return events()
+
+
+async def test_progress_is_told_only_when_asked_for_and_not_at_every_step(tmp_path: Path) -> None:
+    async with a_receiver() as (url, _), a_wrapper(tmp_path) as (client, kit):
+        for job, asked in {"a": (), "b": ("completed",), "c": ("progress",), "d": ("started", "progress")}.items():
+            await kit.notify.follow(a_log(), job, WebhookTarget(url=url, events=asked), scope="")
+        told = [(event["job"], event["event"]) for event in (await client.get("/webhooks")).json()]
+
+    assert sorted(told) == [("c", "job.progress"), ("d", "job.started")]

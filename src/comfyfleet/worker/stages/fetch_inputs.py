@@ -27,8 +27,8 @@ from comfyfleet.wire.errors import FleetError, WorkflowRefused
 from comfyfleet.wire.generation import GenerateInput
 from comfyfleet.wire.workflow import Graph
 from comfyfleet.worker.stages.destinations import Destinations
-from comfyfleet.worker.stages.file_inputs import FileReference, file_references, with_names
-from comfyfleet.worker.stages.input_store import InputFile, InputStore
+from comfyfleet.worker.stages.file_inputs import FileReference, file_references, plain_names, with_names
+from comfyfleet.worker.stages.input_store import FOLDER, InputFile, InputStore
 from comfyfleet.worker.stages.media import sniffed_type
 
 MAX_FILES = 64
@@ -93,8 +93,11 @@ class FetchInputs:
     ) -> FetchedInputs:
         """Fetch everything. Raises WorkflowRefused, InputRefused or InputUnavailable naming node and input."""
         references = file_references(graph, uploads)
+        uploaded = [one for one in dict.fromkeys(plain_names(graph, uploads)) if one.startswith(f"{FOLDER}/")]
+        # An upload is used like a fetched file: marked as in use, and known to engines that do not share the folder.
+        kept = [file for name in uploaded if (file := await anyio.to_thread.run_sync(self._store.find, name))]
         if not references:
-            return FetchedInputs(graph=graph, files=())
+            return FetchedInputs(graph=graph, files=tuple(kept))
         if len(references) > MAX_FILES:
             raise WorkflowRefused(f"{len(references)} input files, the limit is {MAX_FILES}")
         found: list[InputFile | None] = [None] * len(references)
@@ -118,7 +121,7 @@ class FetchInputs:
         named = [(reference, file) for reference, file in zip(references, found, strict=True) if file is not None]
         return FetchedInputs(
             graph=with_names(graph, ((reference, file.name) for reference, file in named)),
-            files=tuple(file for _, file in named),
+            files=(*kept, *(file for _, file in named)),
         )
 
     async def _fetch(self, reference: FileReference, request: GenerateInput) -> InputFile:

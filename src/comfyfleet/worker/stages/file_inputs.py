@@ -86,6 +86,14 @@ def file_references(graph: Graph, uploads: Mapping[str, frozenset[str]] | None =
     ]
 
 
+def plain_names(graph: Graph, uploads: Mapping[str, frozenset[str]] | None = None) -> Iterator[str]:
+    """The plain file names that a graph's loaders are given; call after `file_references` has let them through."""
+    for node in graph.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, str) and _expects_file(node["class_type"], name, uploads or {}):
+                yield value
+
+
 def _expects_file(class_type: str, name: str, uploads: Mapping[str, frozenset[str]]) -> bool:
     if name in _KNOWN.get(class_type, ()) or name in uploads.get(class_type, ()):
         return True

@@ -6,7 +6,7 @@ most once in `PROGRESS_EVERY_S`, since a sampler step is no news to a server far
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 
 from comfyfleet.clock import Clock
 from comfyfleet.fetching.fetcher import GuardedFetcher
@@ -16,18 +16,11 @@ from comfyfleet.webhooks.deliver import Webhooks
 from comfyfleet.webhooks.outbox import Delivery, Receiver
 from comfyfleet.wire.errors import BadRequest
 from comfyfleet.wire.generation import GenerateResult, WebhookTarget
+from comfyfleet.wire.jobs import RunStatus
+from comfyfleet.worker.job import RunEvent
 
 PROGRESS_EVERY_S = 2.0
 EVENTS = frozenset({"started", "progress", "completed", "failed", "cancelled"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProgressNews:
-    """How far a job is: `value` of `max` weighted over nodes and steps, and a word about it."""
-
-    percentage: float
-    node_id: str = ""
-    message: str = ""
 
 
 def receiver_of(target: WebhookTarget, operator: WebhookSettings) -> Receiver | None:
@@ -48,7 +41,6 @@ class Notify:
         self._fetcher = fetcher
         self._operator = operator
         self._clock = clock
-        self._last_progress: dict[tuple[str, str], float] = {}
 
     def check(self, target: WebhookTarget) -> None:
         """Refuse a webhook that can never be told, before the job is accepted. Raises InputRefused or BadRequest."""
@@ -65,7 +57,6 @@ class Notify:
 
         `occurrence` tells apart two jobs that had one id at different times (say, when each was accepted).
         """
-        self._last_progress.pop((scope, result.id), None)
         receiver = receiver_of(target, self._operator)
         if receiver is None:
             return None
@@ -74,29 +65,32 @@ class Notify:
             receiver, body, scope=scope, job=result.id, event=f"job.{result.status}", occurrence=occurrence
         )
 
-    async def started(self, job_id: str, target: WebhookTarget, *, scope: str) -> str | None:
-        """The engine began; told only when asked for."""
+    async def follow(self, events: AsyncIterator[RunEvent], job_id: str, target: WebhookTarget, *, scope: str) -> None:
+        """Tell a job's own log as far as the webhook asked for it: its beginning, and now and then its progress."""
         receiver = receiver_of(target, self._operator)
-        if receiver is None or "started" not in target.events:
-            return None
-        body = envelope.progress_body(job_id, "processing", "Started.", {"percentage": 0.0}, target.extra_params)
-        return await self.webhooks.send(receiver, body, scope=scope, job=job_id, event="job.started")
-
-    async def progressed(
-        self, job_id: str, status: str, news: ProgressNews, target: WebhookTarget, *, scope: str
-    ) -> str | None:
-        """The job went on; told only when asked for, and not more often than every `PROGRESS_EVERY_S`."""
-        receiver = receiver_of(target, self._operator)
-        now = self._clock.now()
-        if receiver is None or "progress" not in target.events:
-            return None
-        if now - self._last_progress.get((scope, job_id), 0.0) < PROGRESS_EVERY_S:
-            return None
-        self._last_progress[scope, job_id] = now
-        body = envelope.progress_body(job_id, status, news.message, news, target.extra_params)
-        return await self.webhooks.send(
-            receiver, body, scope=scope, job=job_id, event="job.progress", occurrence=f"{now:.3f}"
-        )
+        if receiver is None or not {"started", "progress"} & set(target.events):
+            return
+        told_at, has_begun = 0.0, False
+        async for event in events:
+            if event.status is not RunStatus.GENERATING:
+                continue
+            kind = "progress" if has_begun else "started"
+            has_begun = True
+            now = self._clock.now()
+            if kind not in target.events or (kind == "progress" and now - told_at < PROGRESS_EVERY_S):
+                continue
+            told_at = now
+            body = envelope.progress_body(
+                job_id, event.status.value, event.message, _progress(event), target.extra_params
+            )
+            await self.webhooks.send(
+                receiver,
+                body,
+                scope=scope,
+                job=job_id,
+                event=f"job.{kind}",
+                occurrence=f"{event.at:.3f}/{event.number}",
+            )
 
     async def test(self, target: WebhookTarget) -> Delivery:
         """Post a sample to the receiver that a job with this target would have. Raises BadRequest without one."""
@@ -105,3 +99,8 @@ class Notify:
             raise BadRequest("no webhook is set", field="webhook.url")
         sample = GenerateResult(id="test", message="This is a test.", status="completed")
         return await self.webhooks.test(receiver, envelope.result_body(sample, target.extra_params))
+
+
+def _progress(event: RunEvent) -> dict[str, float | int | str | None]:
+    """As in the stream's frames."""
+    return {"percentage": event.progress, "node": event.node, "value": event.step, "max": event.steps}
