@@ -7,14 +7,14 @@ import torch
 from comfyfleet.engine.miniatures.weights import Tensors, Weights
 
 BASE, MULTIPLIERS, BLOCKS, LATENTS = 4, (1, 2, 4, 4), 2, 16
-TIME_STEPS = (True, True, False)  # which encoder levels also halve the frames
+TIME_STEPS = (False, True, True)  # which encoder levels also halve the frames
 PICTURE_DEVIATION = 0.35  # of the decoded film, in [-1, 1]
 
 
-def tensors(seed: int) -> tuple[Tensors, dict[str, str]]:
+def tensors(seed: int, base: int = BASE) -> tuple[Tensors, dict[str, str]]:
     """The file's tensors and metadata, the same for the same seed."""
     weights = Weights(seed)
-    widths = [BASE * each for each in MULTIPLIERS]
+    widths = [base * each for each in MULTIPLIERS]
     weights.kernel("conv1", 2 * LATENTS, 2 * LATENTS, 1, 1, 1)
     weights.kernel("conv2", LATENTS, LATENTS, 1, 1, 1)
     _encoder(weights.under("encoder."), widths)
