@@ -267,7 +267,7 @@ async def serve(settings: ControlSettings, listener: socket.socket) -> None:
             )
         )
         async with anyio.create_task_group() as group:
-            group.start_soon(_stop_on_signal, server, name="signals")
+            group.start_soon(_stop_on_signal, server, control, name="signals")
             group.start_soon(run_loops, control, name="loops")
             log.info("control.serving", url=settings.base_url, version=__version__)
             await server.serve(sockets=[listener])
@@ -275,7 +275,8 @@ async def serve(settings: ControlSettings, listener: socket.socket) -> None:
     log.info("control.stopped")
 
 
-async def _stop_on_signal(server: uvicorn.Server) -> None:
+async def _stop_on_signal(server: uvicorn.Server, control: Control) -> None:
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async for _ in signals:
+            control.durable.feed.close()
             server.should_exit = True

@@ -14,6 +14,13 @@ class JobFeed:
     def __init__(self) -> None:
         self._news: dict[str, anyio.Event] = {}
         self._cancels: dict[str, anyio.Event] = {}
+        self.is_closed = False
+
+    def close(self) -> None:
+        """This process ends: every follower looks once more and leaves (and comes back to the next one)."""
+        self.is_closed = True
+        for job_id in list(self._news):
+            self.news(job_id)
 
     def news(self, job_id: str) -> None:
         """Something about the job changed."""

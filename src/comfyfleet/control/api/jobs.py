@@ -163,7 +163,7 @@ class JobApi:
                     return
             if not events:
                 current = await self._store.job(job.id)
-                if current is None or current.is_final:
+                if current is None or current.is_final or self._plane.feed.is_closed:
                     return
                 with anyio.move_on_after(_PING_S):
                     await news.wait()

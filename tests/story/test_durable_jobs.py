@@ -1,0 +1,244 @@
+"""Durable jobs through real processes: control plane, worker, engine. What a caller is promised, promise by promise."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from support.fleet_world import FleetWorld, a_graph
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    world = FleetWorld(tmp_path_factory.mktemp("fleet"))
+    try:
+        yield world.start()
+    finally:
+        world.close()
+
+
+@pytest.fixture
+def receiver():
+    """A webhook receiver; `heard` has (headers, body) of each call."""
+    heard = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            heard.append((dict(self.headers), self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    server.heard = heard
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_job_is_rendered_and_its_story_can_be_replayed(world):
+    job_id = world.submit(1, metadata={"order": 7})
+    job = world.until(job_id)
+
+    assert (job["status"], job["attempts"], job["metadata"]) == ("completed", 1, {"order": 7})
+    (output,) = job["result"]["output"]
+    assert output["filename"].endswith(".png")
+    assert output["url"].startswith(world.plane.base + "/files/")
+    assert job["result"]["id"] == job_id
+
+    events = world.events(job_id)
+    kinds = [kind for _, kind, _ in events]
+    assert kinds[:3] == ["queued", "leased", "running"]
+    assert kinds[-1] == "completed"
+    assert [seq for seq, _, _ in events] == list(range(1, len(events) + 1))
+    assert events[-1][2]["result"]["output"] == job["result"]["output"]
+    assert world.events(job_id, after=2) == events[2:]
+
+
+def test_the_same_key_is_the_same_job_and_another_body_under_it_is_refused(world):
+    body = {"endpoint": "comfy", "input": {"workflow_json": a_graph(2)}}
+    headers = {"Idempotency-Key": "order-2"}
+    first = world.plane.call("POST", "/v1/jobs", body, headers=headers)
+    world.until(first[1]["id"])
+    again = world.plane.call("POST", "/v1/jobs", body, headers=headers)
+    other = world.plane.call("POST", "/v1/jobs", {**body, "input": {"workflow_json": a_graph(3)}}, headers=headers)
+
+    assert (again[0], again[1]["id"], again[1]["status"]) == (202, first[1]["id"], "completed")
+    assert (other[0], other[1]["error"]) == (422, "idempotency_mismatch")
+
+
+def test_a_request_id_in_the_input_is_a_key_as_well(world):
+    given = {"workflow_json": a_graph(4), "request_id": "song-4"}
+    ids = [world.plane.call("POST", "/v1/jobs", {"endpoint": "comfy", "input": given})[1]["id"] for _ in range(2)]
+
+    assert ids[0] == ids[1]
+
+
+def test_a_batch_is_accepted_whole_or_not_at_all(world):
+    good = {"endpoint": "comfy", "input": {"workflow_json": a_graph(5)}}
+    bad = {"endpoint": "comfy", "input": {"workflow_json": {"1": {"class_type": "X"}}}}
+    before = len(world.plane.call("GET", "/v1/jobs?limit=500")[1]["jobs"])
+
+    status, refused = world.plane.call("POST", "/v1/jobs/batch", {"jobs": [good, bad]})
+    assert (status, refused["error"], refused["details"]["node_id"]) == (422, "workflow_refused", "1")
+    assert len(world.plane.call("GET", "/v1/jobs?limit=500")[1]["jobs"]) == before
+
+    status, accepted = world.plane.call("POST", "/v1/jobs/batch", {"jobs": [good] * 5})
+    assert status == 202
+    assert {world.until(job["id"])["status"] for job in accepted["jobs"]} == {"completed"}
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "field"),
+    [
+        ({"endpoint": "nobody"}, 404, "endpoint"),
+        ({"priority": 1000}, 400, "priority"),
+        ({"cost": 0}, 400, "cost"),
+        ({"deadline_s": -1}, 400, "deadline_s"),
+        ({"input": {}}, 422, "input"),
+        ({"input": {"workflow_json": []}}, 400, "input.workflow_json"),
+        ({"input": {"workflow_json": a_graph(1), "request_id": "../x"}}, 400, "input.request_id"),
+        ({"webhook": {"url": "file:///etc/passwd"}}, 422, None),
+        ({"webhook": {"url": "http://169.254.169.254/"}}, 422, None),
+        ({"input": 5}, 400, "input"),
+    ],
+)
+def test_a_bad_submission_is_refused_naming_the_field(world, change, status, field):
+    body = {"endpoint": "comfy", "input": {"workflow_json": a_graph(6)}, **change}
+    answered, refusal = world.plane.call("POST", "/v1/jobs", body)
+
+    assert answered == status
+    assert refusal["msg"]
+    if field is not None:
+        assert refusal["details"]["field"] == field
+
+
+def test_a_failing_workflow_fails_once_and_says_which_node(world):
+    job = world.until(world.submit(7, fault="error"))
+
+    assert (job["status"], job["attempts"]) == ("failed", 1)
+    assert job["error"]["details"]["node_id"] == "3"
+
+
+def test_a_running_job_is_cancelled_at_its_worker_and_a_waiting_one_at_once(world):
+    running = world.submit(8, sleep_s=20)
+    world.until(running, "running")
+    waiting = world.submit(9)
+
+    view = world.job(waiting)
+    if view["status"] == "queued":
+        assert view["waiting"]["reason"]
+    world.plane.call("POST", f"/v1/jobs/{waiting}/cancel")
+    world.plane.call("POST", f"/v1/jobs/{running}/cancel")
+
+    assert world.until(waiting, limit_s=5)["status"] == "cancelled"
+    assert world.until(running, limit_s=5)["status"] == "cancelled"
+    assert world.until(world.submit(10), limit_s=10)["status"] == "completed"
+
+
+def test_a_deadline_that_passes_in_the_queue_fails_the_job_without_a_render(world):
+    blocker = world.submit(11, sleep_s=3, cost=1e9)
+    world.until(blocker, "running")
+    late = world.submit(12, deadline_s=0.5)
+
+    job = world.until(late, limit_s=10)
+    assert (job["status"], job["error"]["code"]) == ("failed", "deadline_exceeded")
+    assert job["attempts"] == 0
+    assert world.until(blocker)["status"] == "completed"
+
+
+def test_the_end_is_told_once_and_signed_and_no_secret_is_shown(world, receiver):
+    url = f"http://127.0.0.1:{receiver.server_address[1]}/hook?token=abc"
+    job_id = world.submit(13, webhook={"url": url, "secret": "sesame", "extra_params": {"user": 1}})
+    world.until(job_id)
+    until = time.monotonic() + 10
+    while not receiver.heard and time.monotonic() < until:
+        time.sleep(0.05)
+
+    ((headers, body),) = receiver.heard
+    told = json.loads(body)
+    assert (told["id"], told["status"], told["extra"]) == (job_id, "completed", {"user": 1})
+    expected = "sha256=" + hmac.new(b"sesame", body, hashlib.sha256).hexdigest()
+    assert headers["X-Webhook-Signature"] == expected
+    assert "sesame" not in json.dumps(world.job(job_id))
+    for path in world.plane.folder.glob("control.sqlite3*"):
+        raw = path.read_bytes()
+        assert b"sesame" not in raw
+        assert b"token=abc" not in raw
+    assert "sesame" not in world.plane.log
+
+
+def test_one_keys_jobs_are_invisible_to_another(world):
+    _, mine = world.plane.call("POST", "/v1/keys", {"name": "mine", "scopes": ["jobs"]})
+    _, other = world.plane.call("POST", "/v1/keys", {"name": "other", "scopes": ["jobs"]})
+    job_id = world.submit(14, key=mine["key"])
+
+    assert world.plane.call("GET", f"/v1/jobs/{job_id}", key=other["key"])[0] == 404
+    assert world.plane.call("POST", f"/v1/jobs/{job_id}/cancel", key=other["key"])[0] == 404
+    assert world.plane.call("GET", "/v1/jobs", key=other["key"])[1]["jobs"] == []
+    assert [job["id"] for job in world.plane.call("GET", "/v1/jobs", key=mine["key"])[1]["jobs"]] == [job_id]
+    assert world.plane.call("GET", "/api/v0/endptjobs/", key=mine["key"])[0] == 403
+    world.until(job_id)
+
+
+def test_a_key_over_its_rate_limit_is_told_when_to_come_back(world):
+    limits = {"requests_per_s": 1, "burst": 2, "max_waiting_jobs": 0}
+    _, made = world.plane.call("POST", "/v1/keys", {"name": "slow", "scopes": ["jobs"], "limits": limits})
+    body = {"endpoint": "comfy", "input": {"workflow_json": a_graph(15)}}
+    answers = [world.plane.call("POST", "/v1/jobs", body, key=made["key"]) for _ in range(4)]
+
+    assert [status for status, _ in answers][:2] == [202, 202]
+    assert answers[-1][0] == 429
+    assert answers[-1][1]["error"] == "too_many_requests"
+
+
+def test_checklist_56_both_clients_list_the_same_workers(world):
+    from support.vastai import run_vastai
+
+    managed, plain, unknown = run_vastai(
+        """
+        vast = VastAI(KEY, server_url=BASE)
+        async with Serverless(KEY, autoscaler_url=BASE, webserver_url=BASE) as client:
+            endpoint = await client.get_endpoint("comfy")
+            workers = [[w.id, w.status, w.measured_perf, w.cur_load] for w in await endpoint.get_workers()]
+            endpoint._data = None
+            from vastai.serverless.client.endpoint import Endpoint
+            nobody = Endpoint(client, name="nobody", id=99999, api_key="x")
+            RESULT = workers, vast.get_endpoint_workers(endpoint.id), await nobody.get_workers()
+    """,
+        base=world.plane.base,
+        key=world.plane.key,
+    )
+
+    assert [row["id"] for row in plain] == [row[0] for row in managed]
+    assert managed[0][1] == plain[0]["status"] == "idle"
+    assert managed[0][2] == plain[0]["measured_perf"] > 0
+    assert all(value is not None for row in plain for name, value in row.items())
+    assert unknown == []
+
+
+def test_what_was_used_is_on_the_ledger(world):
+    world.until(world.submit(16))
+    until = time.monotonic() + 25
+    while time.monotonic() < until:
+        rows = world.plane.call("GET", "/v1/usage")[1]["usage"]
+        kinds = {row["kind"]: row["seconds"] for row in rows}
+        if {"gpu", "job"} <= kinds.keys():
+            break
+        time.sleep(0.5)
+
+    assert kinds["gpu"] > 1
+    assert kinds["job"] > 0
