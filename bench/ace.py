@@ -1,7 +1,7 @@
 """ACE-Step: the documents' song in its parts on the CPU, and, where a GPU is, a full-size model of random weights.
 
 Values do not change speed, so random weights measure a step of the published size. Its baseline is the card's dense
-bfloat16 limit (790 TFLOP/s measured on one H200).
+bfloat16 limit (790 TFLOP/s on an H200).
 """
 
 from __future__ import annotations
