@@ -28,6 +28,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda:0.")
 @click.option("--cache-mb", default=0, help="What cached results may take; 0: a fifth of the memory.")
 @click.option("--model-mb", default=0, help="What models may take of the device; 0: most of it.")
+@click.option("--compile", "compiles", is_flag=True, help="On a GPU: faster steps; the first job of a size waits.")
 def command(
     host: str,
     port: int,
@@ -39,6 +40,7 @@ def command(
     device: str,
     cache_mb: int,
     model_mb: int,
+    compiles: bool,
 ) -> None:
     """Run the embedded engine, which speaks ComfyUI's protocol."""
     logs.configure()
@@ -53,6 +55,7 @@ def command(
         device=device,
         cache_bytes=cache_mb << 20,
         model_bytes=model_mb << 20,
+        compiles=compiles,
     )
     uvicorn.run(
         build(settings, SystemClock(), SystemIds()),

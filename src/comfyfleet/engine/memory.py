@@ -7,7 +7,7 @@ holds any more are forgotten by themselves.
 from __future__ import annotations
 
 import weakref
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import psutil
 
@@ -20,11 +20,18 @@ class Movable(Protocol):
     def move_to(self, device: str) -> None: ...
 
 
+@runtime_checkable
+class Compilable(Protocol):
+    def compile_with(self, backend: str) -> None: ...
+
+
 class Residency:
     """The models on one device. On a CPU nothing moves, and this only remembers what was used."""
 
-    def __init__(self, device: str, budget_bytes: int) -> None:
+    def __init__(self, device: str, budget_bytes: int, compile_backend: str | None = None) -> None:
+        """compile_backend: networks that can be are compiled with it when they come."""
         self.device = device
+        self._compile_backend = compile_backend
         self._budget_bytes = budget_bytes
         self._resident: dict[int, weakref.ref[Any]] = {}  # by identity, least recently used first
 
@@ -38,6 +45,8 @@ class Residency:
             other.move_to(OFFLOAD_DEVICE)
             del self._resident[key]
         model.move_to(self.device)
+        if self._compile_backend is not None and isinstance(model, Compilable):
+            model.compile_with(self._compile_backend)
         self._resident[id(model)] = weakref.ref(model)
 
     @property

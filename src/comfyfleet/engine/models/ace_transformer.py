@@ -325,6 +325,9 @@ class AceTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(Block(sizes.width, sizes.hidden) for _ in range(sizes.layers))
         self.final_layer = FinalLayer(sizes)
 
+    def repeated_blocks(self) -> nn.ModuleList:
+        return self.transformer_blocks
+
     def encode_lyrics(self, lyric_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, n) ids -> (B, n, width), before the strength factor, computed in `dtype`."""
         return self.lyric_proj(self.lyric_encoder(self.lyric_embs(lyric_ids).to(dtype)))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from comfyfleet.engine.models.checkpoint import Checkpoint
+from comfyfleet.engine.models.compiling import compile_blocks
 from comfyfleet.engine.models.layers import Linear, LowRank
 from comfyfleet.engine.models.lora import NO_PATCHES, Change, Difference, Patches
 from comfyfleet.wire.errors import ModelFileUnusable
@@ -135,6 +136,7 @@ class Resident(Generic[Network]):
         self.is_pinned = False  # the user asked for this device: nobody moves it
         self.size_bytes = source.checkpoint.size_bytes
         self._network: Network | None = None
+        self._compile_backend: str | None = None
 
     @property
     def key(self) -> str:
@@ -149,8 +151,17 @@ class Resident(Generic[Network]):
         if self._network is None:
             network = self.source.build(self.source.checkpoint)
             fill(network, self.source.checkpoint, self.device, self.source.precision, self.source.patches)
+            if self._compile_backend is not None:
+                compile_blocks(network, self._compile_backend)
             self._network = network
         return self._network
+
+    def compile_with(self, backend: str) -> None:
+        """Run the network's repeated blocks compiled from now on (`compiling.py`)."""
+        if backend != self._compile_backend:
+            self._compile_backend = backend
+            if self._network is not None:
+                compile_blocks(self._network, backend)
 
     def move_to(self, device: str) -> None:
         if device != self.device and not self.is_pinned:

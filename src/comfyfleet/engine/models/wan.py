@@ -149,6 +149,9 @@ class WanTransformer(nn.Module):
         self.blocks = nn.ModuleList(WanBlock(sizes) for _ in range(sizes.blocks))
         self.head = WanHead(sizes)
 
+    def repeated_blocks(self) -> nn.ModuleList:
+        return self.blocks
+
     def read_text(self, context: Tensor) -> list[tuple[Tensor, Tensor]]:
         """context: (B, tokens, text width) -> each block's keys and values, (B, tokens, width) both."""
         for layer in self.text_embedding:

@@ -11,6 +11,7 @@ from comfyfleet.engine.executor import Executor
 from comfyfleet.engine.folders import EngineFolders
 from comfyfleet.engine.memory import Residency, default_cache_bytes
 from comfyfleet.engine.miniatures import ensure
+from comfyfleet.engine.models.compiling import BACKEND
 from comfyfleet.engine.nodes import all_nodes
 from comfyfleet.engine.render.messages import Device
 from comfyfleet.engine.render.setup import RenderSettings
@@ -27,7 +28,11 @@ def make_executor(settings: RenderSettings, folders: EngineFolders, clock: Clock
         registry=all_nodes(),
         folders=folders,
         cache=ResultCache(settings.cache_bytes or default_cache_bytes()),
-        residency=Residency(settings.device, settings.model_bytes or int(total * MODEL_SHARE)),
+        residency=Residency(
+            settings.device,
+            settings.model_bytes or int(total * MODEL_SHARE),
+            BACKEND if settings.compiles and settings.device.startswith("cuda") else None,
+        ),
         clock=clock,
     )
 

@@ -28,6 +28,7 @@ class RenderSettings(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "cpu"
     cache_bytes: int = 0  # 0: a share of the machine's memory
     model_bytes: int = 0  # what models may take of the device; 0: most of it
+    compiles: bool = False  # fuse kernels on a GPU by compiling; the first job of a size waits for it
 
     def paths(self) -> FolderPaths:
         return FolderPaths(
