@@ -37,7 +37,7 @@ LATENT_SCALE, LATENT_SHIFT = 0.1786, -1.9091
 QUIETEST_MEL, LOUDEST_MEL = -11.0, 3.0
 SAMPLES_PER_COLUMN = 4096
 LOUDNESS_DEVIATIONS = 5.0  # a waveform whose deviation exceeds 1/5 is made quieter to it
-PRECISION = Precision(half=torch.bfloat16)
+PRECISION = Precision(on_cuda=torch.bfloat16)
 OWN_VOCABULARY = "text_encoders.ace_lyrics_vocab"  # uint8 JSON in a miniature; published files have none
 
 

@@ -28,7 +28,7 @@ HEADS = 12
 EPS = 1e-5
 
 # ComfyUI holds CLIP in fp16 on every device, then computes in float32 on the CPU.
-PRECISION = Precision(half=torch.float16, round_to=torch.float16)
+PRECISION = Precision(on_cuda=torch.float32, round_to=torch.float16)
 
 
 class ClipAttention(nn.Module):

@@ -15,7 +15,11 @@ from comfyfleet.wire.errors import ModelFileUnusable
 DIFFUSION_SIGNS: dict[str, tuple[str, ...]] = {
     "wan": ("head.modulation", "blocks.0.cross_attn.k.weight", "patch_embedding.weight"),
     "ace_step": ("genre_embedder.weight", "lyric_embs.weight", "t_block.1.weight"),
-    "sd15": ("input_blocks.0.0.weight", "middle_block.1.proj_in.weight", "output_blocks.0.0.in_layers.0.weight"),
+    "sd15": (
+        "input_blocks.0.0.weight",
+        "middle_block.1.transformer_blocks.0.attn2.to_k.weight",
+        "output_blocks.0.0.in_layers.0.weight",
+    ),
 }
 DIFFUSION_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 

@@ -7,11 +7,13 @@ may hold a scaled-fp8 weight (true weight = stored x scale), and it may carry Lo
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def empty(*shape: int) -> nn.Parameter:
@@ -116,9 +118,23 @@ class Embedding(nn.Module):
         return F.embedding(ids, self.weight)
 
 
+# On Hopper and later cuDNN's kernel is the fastest exact one for half precision; it refuses what it cannot do, and the
+# next one is taken. Elsewhere PyTorch's own order holds.
+HOPPER = (9, 0)
+BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def _fastest_backends(q: Tensor) -> AbstractContextManager[None]:
+    is_half = q.dtype in (torch.float16, torch.bfloat16)
+    if q.is_cuda and is_half and torch.cuda.get_device_capability(q.device) >= HOPPER:
+        return sdpa_kernel(BACKENDS, set_priority=True)
+    return nullcontext()
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d) + mask) v by PyTorch's SDPA. q: (B, n, heads d); k, v: (B, m, heads d) -> q's shape."""
     batch = q.shape[0]
     q, k, v = (each.view(batch, -1, heads, each.shape[-1] // heads).transpose(1, 2) for each in (q, k, v))
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with _fastest_backends(q):
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return mixed.transpose(1, 2).reshape(batch, -1, heads * mixed.shape[-1])

@@ -5,7 +5,8 @@ device and copies nothing. Policy, in one place:
 
 - CPU: computes in float32. A small model is widened to float32 once; a big one stays as stored (mapped, no second
   copy) and is cast layer by layer at each call.
-- CUDA: computes in the family's half precision; fp8 weights stay fp8 and are cast per call, all others are cast once.
+- CUDA: computes in the family's own dtype (half precision, but float32 for text encoders, as ComfyUI does). Weights
+  stored narrower than that stay as stored and are cast per call; all others are cast once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from comfyfleet.engine.models.checkpoint import Checkpoint
 from comfyfleet.engine.models.compiling import compile_blocks
-from comfyfleet.engine.models.layers import Linear, LowRank
+from comfyfleet.engine.models.layers import Embedding, Linear, LowRank
 from comfyfleet.engine.models.lora import NO_PATCHES, Change, Difference, Patches
 from comfyfleet.wire.errors import ModelFileUnusable
 
@@ -33,18 +34,18 @@ Network = TypeVar("Network", bound=nn.Module)
 class Precision:
     """How one kind of network computes.
 
-    half: its dtype on CUDA. round_to: weights are rounded to this dtype first, whatever the device (ComfyUI holds some
-    text encoders in fp16 even on the CPU). fp8_bias: biases of scaled-fp8 Linears are rounded to e4m3, as ComfyUI,
-    which builds the whole Linear in fp8, does for diffusion models.
+    on_cuda: the dtype it computes in there. round_to: weights are rounded to this dtype first, whatever the device
+    (ComfyUI holds some text encoders in fp16 even on the CPU). fp8_bias: biases of scaled-fp8 Linears are rounded to
+    e4m3, as ComfyUI, which builds the whole Linear in fp8, does for diffusion models.
     """
 
-    half: torch.dtype
+    on_cuda: torch.dtype
     round_to: torch.dtype | None = None
     fp8_bias: bool = False
     widen_limit_bytes: int = 2 * 2**30  # on the CPU, models up to this size in float32 are widened once
 
     def compute_dtype(self, device: str) -> torch.dtype:
-        return self.half if device.startswith("cuda") else torch.float32
+        return self.on_cuda if device.startswith("cuda") else torch.float32
 
 
 def fill(module: nn.Module, source: Checkpoint, device: str, precision: Precision, patches: Patches) -> None:
@@ -62,12 +63,14 @@ def fill(module: nn.Module, source: Checkpoint, device: str, precision: Precisio
                 scale = f"{path}.scale_weight"
                 if scale in source:
                     layer.scale = source.tensor(scale).reshape(()).to(device=device, dtype=torch.float32)
-                keeps = value.dtype in FP8 if on_cuda else not small
+                keeps = value.dtype.itemsize < compute.itemsize if on_cuda else not small
                 if keeps and not any(isinstance(change, Difference) for change in patches.of(full)):
                     layer.low_ranks = tuple(_placed(pair, device) for pair in patches.of(full))
                     _put(layer, name, value.to(device))
                     continue
-            if on_cuda or small or patches.of(full):
+            if isinstance(layer, Embedding) and on_cuda:
+                value = value.to(device)  # a table of a million rows: its users cast the few they take
+            elif on_cuda or small or patches.of(full):
                 value = value.to(device=device, dtype=torch.float32)
                 if isinstance(layer, Linear) and name == "weight" and layer.scale is not None:
                     value, layer.scale = value * layer.scale, None

@@ -20,13 +20,13 @@ from comfyfleet.engine.models.layers import Conv, GroupNorm, LayerNorm, Linear, 
 from comfyfleet.engine.models.lora import Patches, module_names
 from comfyfleet.engine.models.residency import Precision, Resident, Source
 from comfyfleet.engine.models.sd15_names import diffusers_modules
-from comfyfleet.engine.models.wan import expand
+from comfyfleet.engine.models.wan import check_text_width, expand
 from comfyfleet.engine.values import ConditioningEntry
 from comfyfleet.wire.errors import ModelFileUnusable
 
 HEADS = 8
 LATENT_SCALE = 0.18215
-PRECISION = Precision(half=torch.float16)
+PRECISION = Precision(on_cuda=torch.float16)
 
 # Keys and values of the context, by cross-attention module name.
 Texts = dict[str, tuple[Tensor, Tensor]]
@@ -142,6 +142,7 @@ class Unet(nn.Module):
     def __init__(self, section: Checkpoint) -> None:
         super().__init__()
         self.width = section.shape("input_blocks.0.0.weight")[0]
+        self.text_width = section.shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
         time_width = section.shape("time_embed.0.weight")[0]
         self.time_embed = nn.ModuleList([Linear(self.width, time_width), nn.SiLU(), Linear(time_width, time_width)])
         self.input_blocks = _blocks(section, "input_blocks")
@@ -238,6 +239,7 @@ class UnetNetwork(Resident[Unet]):
         """x: (B, 4, h, w), already divided by sqrt(sigma^2 + 1) -> epsilon, float32, on x's device."""
         network, embedding, batch = self.network(), conditioning.embedding, x.shape[0]
         if id(embedding) not in self._texts:  # the embedding is kept beside its keys, so its id stays its own
+            check_text_width(embedding, network.text_width)
             self._texts[id(embedding)] = (embedding, network.read_text(embedding.to(self.device, self.dtype)))
         texts = {
             name: (expand(keys, batch), expand(values, batch))

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from comfyfleet.engine.models.checkpoint import Checkpoint
 from comfyfleet.engine.models.layers import Conv, GroupNorm, attention
 from comfyfleet.engine.models.residency import Precision, Resident, Source
+from comfyfleet.wire.errors import ModelFileUnusable
 
 EPS = 1e-6
 SHRINK = 8
-PRECISION = Precision(half=torch.bfloat16)
+PRECISION = Precision(on_cuda=torch.bfloat16)
 
 
 class VaeResidual(nn.Module):
@@ -147,6 +148,7 @@ class Sd15Autoencoder(Resident[Sd15Vae]):
     def decode(self, samples: Tensor) -> Iterator[Tensor]:
         """(B, 4, h, w) -> B images (1, 8 h, 8 w, 3) in [0, 1], float32 on the CPU."""
         network = self.network()
+        check_latents(samples, axes=2, channels=network.post_quant_conv.weight.shape[1])
         for latent in samples.split(1):
             with torch.no_grad():  # entered anew: between pictures the caller's own state holds
                 picture = network.decoder(network.post_quant_conv(latent.to(self.device, self.dtype)))
@@ -161,6 +163,13 @@ class Sd15Autoencoder(Resident[Sd15Vae]):
             moved = (picture.permute(0, 3, 1, 2) * 2.0 - 1.0).to(self.device, self.dtype)
             means.append(network.quant_conv(network.encoder(moved)).chunk(2, dim=1)[0].float().cpu())
         return torch.cat(means)
+
+
+def check_latents(samples: Tensor, *, axes: int, channels: int) -> None:
+    """Raises ModelFileUnusable for latents of another family. axes: 2 for pictures, 3 for films."""
+    if samples.dim() != 2 + axes or samples.shape[1] != channels:
+        needed = f"(batch, {channels}, {'height, width' if axes == 2 else 'frames, height, width'})"
+        raise ModelFileUnusable(f"this VAE decodes latents of shape {needed}, not {list(samples.shape)}")
 
 
 def cropped(pixels: Tensor, step: int) -> Tensor:

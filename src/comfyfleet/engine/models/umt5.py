@@ -198,6 +198,6 @@ def open_umt5(
     if marker in section and section.shape(marker) != (0,):
         raise ModelFileUnusable("a text encoder's scaled_fp8 marker must be empty", tensor=marker)
     kept = round_to or section.dtype("encoder.final_layer_norm.weight")
-    precision = Precision(half=torch.float16, round_to=None if kept in FP8 else kept)
+    precision = Precision(on_cuda=torch.float32, round_to=None if kept in FP8 else kept)
     source = Source(checkpoint=section, build=Umt5, precision=precision)
     return Umt5Encoder(source, _tokenizer(bytes(spiece_model.numpy())), use, device)

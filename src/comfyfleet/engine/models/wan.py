@@ -31,7 +31,7 @@ DEFAULT_SHIFT = 8.0
 EPS = 1e-6
 
 # fp16, as ComfyUI computes Wan where it can: three more mantissa bits than bf16. Biases of fp8 Linears are e4m3 there.
-PRECISION = Precision(half=torch.float16, fp8_bias=True)
+PRECISION = Precision(on_cuda=torch.float16, fp8_bias=True)
 
 # Mean and standard deviation of the Wan 2.1 VAE's 16 latent channels (published with the VAE's configuration).
 LATENT_MEAN = (
@@ -252,6 +252,7 @@ class WanNetwork(Resident[WanTransformer]):
         # The embedding itself is kept beside its keys: while it lives, no other tensor can have its id.
         known = self._texts.get(id(embedding))
         if known is None:
+            check_text_width(embedding, network.sizes.text_width)
             known = (embedding, network.read_text(embedding.to(self.device, self.dtype)))
             self._texts[id(embedding)] = known
         return known[1]
@@ -281,6 +282,18 @@ def expand(x: Tensor, batch: int) -> Tensor:
     if x.shape[0] == 1:
         return x.expand(batch, *x.shape[1:])
     return x.repeat(math.ceil(batch / x.shape[0]), *[1] * (x.ndim - 1))[:batch]
+
+
+def check_text_width(embedding: Tensor, needed: int) -> None:
+    """Raises ModelFileUnusable for a prompt from another family's text encoder."""
+    found = embedding.shape[-1]
+    if found != needed:
+        raise ModelFileUnusable(
+            f"this prompt was encoded {found} numbers wide and the diffusion model reads {needed}: "
+            "use the text encoder that belongs to the model",
+            found=found,
+            needed=needed,
+        )
 
 
 def open_wan(section: Checkpoint, device: str = "cpu") -> WanNetwork:

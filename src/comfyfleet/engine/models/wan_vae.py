@@ -18,11 +18,11 @@ from comfyfleet.engine.models.checkpoint import Checkpoint
 from comfyfleet.engine.models.film_layers import CausalConv, FrameConv, Memory, RmsNorm, frames_joined, frames_split
 from comfyfleet.engine.models.layers import attention
 from comfyfleet.engine.models.residency import Precision, Resident, Source
-from comfyfleet.engine.models.sd15_vae import cropped
+from comfyfleet.engine.models.sd15_vae import check_latents, cropped
 
 SHRINK = 8
 FRAMES_PER_LATENT = 4
-PRECISION = Precision(half=torch.bfloat16)
+PRECISION = Precision(on_cuda=torch.bfloat16)
 
 
 class FilmResidual(nn.Module):
@@ -173,6 +173,7 @@ class WanAutoencoder(Resident[WanVae]):
     def decode(self, samples: Tensor) -> Iterator[Tensor]:
         """(B, 16, t, h, w) -> IMAGE batches (1 or 4, 8 h, 8 w, 3), film after film, float32 on the CPU."""
         network = self.network()
+        check_latents(samples, axes=3, channels=network.conv2.weight.shape[1])
         for film in samples.split(1):
             parts = network.decode(film.to(self.device, self.dtype))
             while True:

@@ -10,6 +10,7 @@ from comfyfleet.engine.models.checkpoint import open_checkpoint
 from comfyfleet.engine.models.film_layers import RmsNorm
 from comfyfleet.engine.models.sd15_vae import open_sd15_vae
 from comfyfleet.engine.models.wan_vae import open_wan_vae
+from comfyfleet.wire.errors import ModelFileUnusable
 from engine_goldens import MODELS, relative_error, tensors
 
 
@@ -86,3 +87,9 @@ def test_a_picture_is_cropped_at_its_centre_to_multiples_of_eight():
 
     assert latent.shape == (2, 4, 2, 2)
     assert torch.equal(latent, vae.encode(pictures[:, 2:18, 1:17]))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (1, 4, 3, 8, 8)])
+def test_latents_of_another_family_are_refused_with_both_shapes(shape):
+    with pytest.raises(ModelFileUnusable, match=r"\(batch, 16, frames, height, width\), not \[1, 4"):
+        next(a_film_vae().decode(torch.zeros(shape)))

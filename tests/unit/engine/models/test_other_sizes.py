@@ -125,7 +125,7 @@ def test_a_umt5_of_another_size(tmp_path, witnesses):
     ids = torch.randint(2, 300, (2, 140), generator=torch.Generator().manual_seed(3))
 
     network = Umt5(section)
-    fill(network, section, "cpu", Precision(half=torch.float16), NO_PATCHES)
+    fill(network, section, "cpu", Precision(on_cuda=torch.float16), NO_PATCHES)
     with torch.no_grad():
         ours, expected = network(ids, None, torch.float32), theirs(input_ids=ids).last_hidden_state
     assert relative_error(ours, expected) <= 2e-5

@@ -49,3 +49,10 @@ def test_each_attention_has_the_name_that_published_loras_use():
         == "output_blocks.2.1.transformer_blocks.0.ff.net.0.proj.weight"
     )
     assert names["lora_unet_input_blocks_1_1_proj_in"] == "input_blocks.1.1.proj_in.weight"
+
+
+def test_a_prompt_of_another_familys_text_encoder_is_refused():
+    unet, x = open_unet(the_section()), torch.zeros(1, 4, 8, 8)
+
+    with pytest.raises(ModelFileUnusable, match="encoded 32 numbers wide and the diffusion model reads 12"):
+        unet.forward(x, torch.tensor([1.0]), ConditioningEntry(embedding=torch.zeros(1, 3, 32)))
