@@ -23,7 +23,7 @@ from comfyfleet.clock import Clock
 from comfyfleet.fetching.addresses import AddressRules
 from comfyfleet.fetching.body import Decoder
 from comfyfleet.fetching.resolver import GuardedResolver, check_host
-from comfyfleet.wire.errors import FleetError, InputRefused, InputUnavailable
+from comfyfleet.wire.errors import FleetError, InputRefused, InputUnavailable, room_on_disk
 
 _USER_AGENT = "comfyfleet-fetcher"
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -211,10 +211,10 @@ class GuardedFetcher:
                 digest.update(piece)
                 pending += piece
                 if len(pending) >= _WRITE_BYTES:
-                    await anyio.to_thread.run_sync(into.write, bytes(pending))
+                    await _write(into, bytes(pending))
                     pending.clear()
         if pending:
-            await anyio.to_thread.run_sync(into.write, bytes(pending))
+            await _write(into, bytes(pending))
         return Fetched(
             size_bytes=size,
             sha256=digest.hexdigest(),
@@ -251,6 +251,11 @@ class GuardedFetcher:
         if self._session is None:
             raise FleetError("the fetcher is closed")
         return self._session
+
+
+async def _write(into: BinaryIO, data: bytes) -> None:
+    with room_on_disk():
+        await anyio.to_thread.run_sync(into.write, data)
 
 
 def _timeout(within: FetchLimits) -> aiohttp.ClientTimeout:

@@ -77,17 +77,22 @@ def place(source: Path, target: Path, copy: bool) -> None:
 
 def place_bytes(data: bytes, target: Path) -> None:
     """Make `target` hold these bytes, at once or not at all. Blocking."""
-    draft = f"{target.parent}/.part-{secrets.token_hex(6)}"
+    folder = str(target.parent)
     try:
-        file = open(draft, "xb", buffering=0)  # noqa: SIM115 - closed below, on every way out
+        os.mkdir(folder)  # a job's folder is new most of the time, and every job passes here
+    except FileExistsError:
+        pass
     except FileNotFoundError:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file = open(draft, "xb", buffering=0)  # noqa: SIM115
+        os.makedirs(folder, exist_ok=True)
+    draft = f"{folder}/.part-{secrets.token_hex(6)}"
+    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        with file:
-            written = 0
-            while written < len(data):
-                written += file.write(memoryview(data)[written:])
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(handle, left) :]
+        finally:
+            os.close(handle)
         os.replace(draft, target)
     except OSError:
         with contextlib.suppress(FileNotFoundError):

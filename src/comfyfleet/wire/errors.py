@@ -28,6 +28,9 @@ worker's result shape or the control plane's `{error, msg, details}`. A bug is n
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 
@@ -182,9 +185,20 @@ class ShuttingDown(Unavailable):
 
 
 class DiskFull(FleetError):
-    """No room for outputs; jobs are refused until there is."""
+    """No room for files; jobs are refused until there is."""
 
     code, status = "disk_full", 507
+
+
+@contextmanager
+def room_on_disk() -> Iterator[None]:
+    """Around writing files: a full disk or quota comes out as DiskFull, every other OSError as it is."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull from problem
+        raise
 
 
 def all_errors() -> list[type[FleetError]]:

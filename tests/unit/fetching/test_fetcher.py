@@ -25,7 +25,7 @@ from comfyfleet.fetching.addresses import AddressRules
 from comfyfleet.fetching.body import Decoder
 from comfyfleet.fetching.fetcher import Credential, FetchLimits, GuardedFetcher
 from comfyfleet.testing.clock import FakeClock
-from comfyfleet.wire.errors import InputRefused, InputUnavailable
+from comfyfleet.wire.errors import DiskFull, InputRefused, InputUnavailable
 
 pytestmark = pytest.mark.anyio
 
@@ -325,3 +325,9 @@ async def test_a_post_tells_what_was_answered_and_follows_nobody() -> None:
 
     assert bodies == [("/hook", b"body", "1")]
     assert (posted.status, posted.retry_after_s, len(posted.excerpt)) == (307, 7.0, 1024)
+
+
+async def test_a_full_disk_is_not_the_hosts_fault() -> None:
+    async with a_site(hello) as port, a_fetcher({"a.test": [["127.0.0.1"]]}, "a.test") as fetcher:
+        with io.FileIO("/dev/full", "w") as full_disk, pytest.raises(DiskFull):
+            await fetcher.download(f"http://a.test:{port}/", full_disk)

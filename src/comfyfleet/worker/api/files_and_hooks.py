@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Query, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from comfyfleet.web import JsonResponse
@@ -53,7 +54,10 @@ def routes(kit: Kit, *, upload_max_bytes: int, scope: str = "") -> APIRouter:
     )
     async def upload(request: Request) -> Response:
         taking = Upload(kit.inputs, max_bytes=upload_max_bytes)
-        files = await taking.receive(request.stream(), request.headers.get("content-type", ""))
+        try:
+            files = await taking.receive(request.stream(), request.headers.get("content-type", ""))
+        except ClientDisconnect as problem:
+            raise BadRequest("the caller hung up in the middle of its upload") from problem
         first = msgspec.to_builtins(files[0])
         return JsonResponse({**first, "files": files})
 

@@ -18,7 +18,7 @@ import msgspec
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from comfyfleet.wire.errors import BadRequest, PayloadTooLarge
+from comfyfleet.wire.errors import BadRequest, PayloadTooLarge, room_on_disk
 from comfyfleet.worker.stages.input_store import FOLDER, InputFile, InputStore
 from comfyfleet.worker.stages.media import sniffed_type
 
@@ -66,26 +66,12 @@ class Upload:
 
     async def receive(self, body: AsyncIterator[bytes], content_type: str) -> list[UploadedFile]:
         """Store every file of the body. Raises BadRequest or PayloadTooLarge, and then keeps none."""
-        kind, options = parse_options_header(content_type.encode("latin-1"))
-        boundary = options.get(b"boundary", b"")
-        if kind != b"multipart/form-data" or not boundary:
-            raise BadRequest("send multipart/form-data with the file in a field", header="Content-Type")
-        parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._begin,
-                "on_header_field": lambda data, start, end: self._header_piece(0, data[start:end]),
-                "on_header_value": lambda data, start, end: self._header_piece(1, data[start:end]),
-                "on_header_end": self._header_end,
-                "on_headers_finished": self._headers_finished,
-                "on_part_data": lambda data, start, end: self._data(data[start:end]),
-                "on_end": self._end,
-            },
-        )
         try:
+            parser = self._parser(content_type)
             async for chunk in body:
-                parser.write(chunk)
-                await self._write()
+                with room_on_disk():
+                    parser.write(chunk)
+                    await self._write()
             parser.finalize()
             if not self._ended:
                 raise BadRequest("the multipart body ends before its last boundary")
@@ -98,6 +84,24 @@ class Upload:
             for part in self._opened:
                 part.file.close()
                 self._store.drop(part.draft)
+
+    def _parser(self, content_type: str) -> MultipartParser:
+        kind, options = parse_options_header(content_type.encode("latin-1", "replace"))
+        boundary = options.get(b"boundary", b"")
+        if kind != b"multipart/form-data" or not boundary:
+            raise BadRequest("send multipart/form-data with the file in a field", header="Content-Type")
+        return MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._begin,
+                "on_header_field": lambda data, start, end: self._header_piece(0, data[start:end]),
+                "on_header_value": lambda data, start, end: self._header_piece(1, data[start:end]),
+                "on_header_end": self._header_end,
+                "on_headers_finished": self._headers_finished,
+                "on_part_data": lambda data, start, end: self._data(data[start:end]),
+                "on_end": self._end,
+            },
+        )
 
     def _end(self) -> None:
         self._ended = True

@@ -23,7 +23,7 @@ from PIL import Image
 
 from comfyfleet.fetching.fetcher import Credential, FetchLimits, GuardedFetcher
 from comfyfleet.storage.base import StorageFailed
-from comfyfleet.wire.errors import FleetError, WorkflowRefused
+from comfyfleet.wire.errors import FleetError, WorkflowRefused, room_on_disk
 from comfyfleet.wire.generation import GenerateInput
 from comfyfleet.wire.workflow import Graph
 from comfyfleet.worker.stages.destinations import Destinations
@@ -125,10 +125,11 @@ class FetchInputs:
         )
 
     async def _fetch(self, reference: FileReference, request: GenerateInput) -> InputFile:
-        if reference.url:
-            file = await self._download(reference, request)
-        else:
-            file = await anyio.to_thread.run_sync(partial(self._decode, reference))
+        with room_on_disk():
+            if reference.url:
+                file = await self._download(reference, request)
+            else:
+                file = await anyio.to_thread.run_sync(partial(self._decode, reference))
         await anyio.to_thread.run_sync(_check_kind, file, reference)
         return file
 

@@ -8,7 +8,6 @@ into media run in threads, a few at a time.
 from __future__ import annotations
 
 import base64
-import errno
 import hashlib
 import os
 import stat
@@ -24,7 +23,7 @@ import structlog
 
 from comfyfleet.storage.base import Storage, StorageFailed
 from comfyfleet.storage.local import LocalStorage, place, place_bytes
-from comfyfleet.wire.errors import DiskFull
+from comfyfleet.wire.errors import DiskFull, room_on_disk
 from comfyfleet.wire.generation import GenerateInput, OutputEntry, S3Target
 from comfyfleet.worker.stages.destinations import Destinations
 from comfyfleet.worker.stages.history_files import NamedFile, located, named_files, relative_path, writes_in_place
@@ -138,15 +137,16 @@ class StoreOutputs:
             return
         target = self._local.path(key)
         try:
-            stored = await anyio.to_thread.run_sync(
-                partial(_keep, source, named.text, target, where.folders.get(named.type), where.copy),
-                limiter=self._threads,
-                abandon_on_cancel=True,
-            )
-        except OSError as problem:
-            if problem.errno in (errno.ENOSPC, errno.EDQUOT):
-                full.append(DiskFull())
-                return
+            with room_on_disk():
+                stored = await anyio.to_thread.run_sync(
+                    partial(_keep, source, named.text, target, where.folders.get(named.type), where.copy),
+                    limiter=self._threads,
+                    abandon_on_cancel=True,
+                )
+        except DiskFull as problem:
+            full.append(problem)
+            return
+        except OSError:
             output.error = "the file that the node named is not there"
             output.upload_error = ""
             return
