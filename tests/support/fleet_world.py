@@ -108,5 +108,9 @@ class FleetWorld:
                 found.append((int(fields["id"]), fields["event"], json.loads(fields["data"])))
         return found
 
+    def rendered_files(self) -> list[Path]:
+        """What the engines saved for `a_graph`s, in their own folders."""
+        return list((self.folder / "control" / "workers").glob("*/engine/output-*/p*.png"))
+
     def close(self) -> None:
         self.plane.close()

@@ -41,6 +41,7 @@ log = structlog.get_logger()
 TICK_S = 1.0
 RESYNC_EVERY_S = 10.0
 _REPLAY_TIMEOUT_S = 60.0
+_WITHDRAW_FOR_S = 180.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +245,17 @@ class Dispatcher:
             self._backlog.add(job.endpoint_id, job.scope, job.cost, job.created_at)
         self._ended(outcome)
         self.kick()
+        if outcome.is_left_behind:
+            await self._withdraw(job)
+
+    async def _withdraw(self, job: Job) -> None:
+        """A lost worker that comes back finds the job in its journal, and would render what another renders now."""
+        until = self._clock.now() + _WITHDRAW_FOR_S
+        while self._clock.now() < until:
+            ticket = self._ticket_for(job)
+            if ticket is not None and await self._calls.cancel(ticket, job.id):
+                return
+            await self._clock.sleep(0.5)
 
     def _ticket_for(self, job: Job) -> RouteReady | None:
         """To ask the worker a leased job is on. reqnum 0: it starts nothing."""

@@ -33,12 +33,16 @@ _RECONNECT_S = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class RunOutcome:
-    """How a lease ended. status None: the job waits again, or the lease was lost."""
+    """How a lease ended. status None: the job waits again, or the lease was lost.
+
+    is_left_behind: its worker may come back and find the job in its journal; it is to be told to drop it.
+    """
 
     job: Job
     status: JobStatus | None
     seconds: float = 0.0
     reason: str = ""
+    is_left_behind: bool = False
 
 
 class JobRun:
@@ -187,7 +191,9 @@ class JobRun:
         is_ours = await self._store.requeue(
             self._job.id, token=self._token, lost_worker=worker_id, not_before=now, reason=reason, now=now
         )
-        return RunOutcome(job=self._job, status=None, reason=reason if is_ours else "the lease was lost")
+        if not is_ours:
+            return RunOutcome(job=self._job, status=None, reason="the lease was lost")
+        return RunOutcome(job=self._job, status=None, reason=reason, is_left_behind=True)
 
     async def _give_back(self, reason: str, after_s: float) -> RunOutcome:
         now = self._clock.now()

@@ -1,0 +1,43 @@
+"""A worker that is killed in the middle of a durable job: the job is made by another, and the worker is not trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+
+from support.fleet_world import FleetWorld
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(150)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    world = FleetWorld(tmp_path_factory.mktemp("fleet"), workers=2, COMFYFLEET_LOST_AFTER_S="0.5")
+    try:
+        yield world.start()
+    finally:
+        world.close()
+
+
+def test_a_lost_workers_job_runs_again_elsewhere_and_is_told_so(world):
+    job_id = world.submit(1, sleep_s=4)
+    first = world.until(job_id, "running")["worker_id"]
+    record = json.loads((world.plane.folder / "workers" / str(first) / "local.json").read_text())
+
+    os.killpg(os.getpgid(record["pid"]), signal.SIGKILL)
+
+    job = world.until(job_id, limit_s=60)
+    assert job["status"] == "completed"
+    assert job["worker_id"] != first
+    assert (job["attempts"], job["lost_workers"]) == (2, [first])
+    kinds = [kind for _, kind, _ in world.events(job_id)]
+    assert kinds.count("requeued") == 1
+    assert kinds[-1] == "completed"
+    reason = next(data["data"]["reason"] for _, kind, data in world.events(job_id) if kind == "requeued")
+    assert f"worker {first} was lost" in reason
+
+    world.until_ready()
+    assert [job["status"] for job in (world.until(world.submit(n)) for n in range(2, 6))] == ["completed"] * 4
