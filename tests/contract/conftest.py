@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import aiohttp
 import pytest
 
-from support.engine_process import RunningEngine, Talk, embedded_engine
+from support.engine_process import RunningEngine, Talk, embedded_engine, faked_engine
 
-ENGINES: dict[str, Callable] = {"embedded": embedded_engine}
+ENGINES: dict[str, Callable] = {"embedded": embedded_engine, "fake": faked_engine}
 
 
 @pytest.fixture(scope="session", params=list(ENGINES))

@@ -84,6 +84,23 @@ def embedded_engine(
             process.wait(timeout=20)
 
 
+@contextmanager
+def faked_engine(folder: Path) -> Iterator[RunningEngine]:
+    """`comfyfleet.testing.fake_engine`, ready; ended with SIGTERM."""
+    port = free_port()
+    command = [sys.executable, "-m", "comfyfleet.testing.fake_engine", "--port", str(port)]
+    for kind in ("input", "output", "temp"):
+        command += [f"--{kind}-dir", str(folder / kind)]
+    with (folder / "engine.log").open("wb") as log:
+        process = subprocess.Popen(command, stderr=log)
+        try:
+            wait_until_ready(process, port, folder / "engine.log")
+            yield RunningEngine(kind="fake", port=port, folder=folder, process=process)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=20)
+
+
 def wait_until_ready(process: subprocess.Popen, port: int, log: Path) -> None:
     deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline:

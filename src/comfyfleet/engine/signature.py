@@ -63,10 +63,12 @@ def _signature(
     declaration = declarations(node["class_type"])
     parts: list[Any] = [node["class_type"]]
     for name in sorted(node["inputs"]):
-        if declaration is not None and name not in declaration.inputs:
-            continue  # an input the node does not have changes nothing
         value = node["inputs"][name]
-        if is_link(value):
+        if declaration is not None and name not in declaration.inputs:
+            # As in ComfyUI: an input that the node does not have counts, though nothing reads it. The worker's
+            # `force` rests on this. A link there may lead to what is not part of the run.
+            parts.append([name, value])
+        elif is_link(value):
             parts.append([name, found[value[0]], value[1]])
         else:
             parts.append([name, [value, file_mark(declaration, name, value) if declaration is not None else ""]])

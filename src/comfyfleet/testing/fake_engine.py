@@ -11,23 +11,26 @@ A trivial job takes 4 ms, which is what a real ComfyUI takes for one.
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
 import click
 import msgspec
 from aiohttp import WSMsgType, web
+from aiohttp.typedefs import Handler
 
 from comfyfleet.clock import Clock, SystemClock
 from comfyfleet.ids import Ids, SystemIds
-from comfyfleet.testing.fake_nodes import NODES, object_info
+from comfyfleet.testing.fake_files import FEATURES, MAX_UPLOAD_BYTES, FakeFiles, as_json
 from comfyfleet.testing.fake_run import FakeWorker
 from comfyfleet.testing.fake_validation import problem, validate
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
+# What a prompt without client id is told about: to every socket.
+_TOLD_TO_ALL = frozenset({"progress", "progress_state", "execution_interrupted"})
 
 
 class FakeEngine:
@@ -45,8 +48,8 @@ class FakeEngine:
         ledger: Path | None = None,
     ) -> None:
         self._ids = ids
-        self._input_dir = input_dir
-        self._folders = {"output": output_dir, "temp": temp_dir, "input": input_dir}
+        folders = {"output": output_dir, "temp": temp_dir, "input": input_dir}
+        self._files = FakeFiles(folders)
         self._outbox: asyncio.Queue[tuple[str, str, str | None]] = asyncio.Queue()
         self.freed = 0
         self._sockets: dict[str, web.WebSocketResponse] = {}
@@ -59,14 +62,13 @@ class FakeEngine:
         self.worker = FakeWorker(
             emit=self._emit_from_thread,
             clock=clock,
-            output_dir=output_dir,
-            temp_dir=temp_dir,
+            folders=folders,
             job_s=job_s,
             ledger=ledger,
         )
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=100 * 2**20)
+        app = web.Application(client_max_size=MAX_UPLOAD_BYTES, middlewares=[_same_origin])
         for prefix in ("", "/api"):
             app.router.add_get(f"{prefix}/ws", self._socket)
             app.router.add_get(f"{prefix}/prompt", self._prompt_info)
@@ -77,11 +79,8 @@ class FakeEngine:
             app.router.add_post(f"{prefix}/free", self._free)
             app.router.add_get(f"{prefix}/history", self._all_history)
             app.router.add_get(f"{prefix}/history/{{prompt_id}}", self._history)
-            app.router.add_get(f"{prefix}/view", self._view)
-            app.router.add_post(f"{prefix}/upload/image", self._upload)
-            app.router.add_get(f"{prefix}/object_info", self._all_object_info)
-            app.router.add_get(f"{prefix}/object_info/{{name}}", self._object_info)
-            app.router.add_get(f"{prefix}/system_stats", self._system_stats)
+            app.router.add_post(f"{prefix}/history", self._change_history)
+            self._files.add_routes(app, prefix)
         app.router.add_get("/fake", self._fake_counts)
         app.router.add_post("/fake", self._fake_faults)
         return app
@@ -112,7 +111,7 @@ class FakeEngine:
                 await self._clock.sleep(self._socket_delay_s)
             if self._socket_silent:
                 continue
-            broadcast = kind == "status" or (client is None and kind in ("progress", "execution_interrupted"))
+            broadcast = kind == "status" or (client is None and kind in _TOLD_TO_ALL)
             for name in list(self._sockets) if broadcast else [client]:
                 socket = self._sockets.get(name or "")
                 if socket is not None and not socket.closed:
@@ -132,15 +131,16 @@ class FakeEngine:
         running = self.worker.running
         if running is not None and (running[3] or {}).get("client_id") == name:
             await socket.send_json({"type": "executing", "data": {"node": next(iter(running[2]))}})
+        is_agreed = False
         async for message in socket:
-            if message.type is WSMsgType.ERROR:
-                break
+            if message.type is WSMsgType.TEXT and not is_agreed:
+                is_agreed = await _agree_features(socket, message.data)
         self._sockets.pop(name, None)  # also when a newer one has the name: ComfyUI's own trap
         return socket
 
     async def _prompt_info(self, _request: web.Request) -> web.Response:
         remaining = len(self.worker.pending) + (self.worker.running is not None)
-        return _json({"exec_info": {"queue_remaining": remaining}})
+        return as_json({"exec_info": {"queue_remaining": remaining}})
 
     async def _prompt(self, request: web.Request) -> web.Response:
         body = _decode(await request.read())
@@ -152,10 +152,10 @@ class FakeEngine:
             self._number += 1
             number = -number if body.get("front") else number
         if "prompt" not in body:
-            return _json({"error": problem("no_prompt", "No prompt provided"), "node_errors": {}}, 400)
+            return as_json({"error": problem("no_prompt", "No prompt provided"), "node_errors": {}}, 400)
         verdict = validate(body["prompt"])
         if verdict.error is not None:
-            return _json({"error": verdict.error, "node_errors": verdict.node_errors}, 400)
+            return as_json({"error": verdict.error, "node_errors": verdict.node_errors}, 400)
         extra = body.get("extra_data", {})
         if "client_id" in body:
             extra["client_id"] = body["client_id"]
@@ -164,11 +164,11 @@ class FakeEngine:
         if self._post_500:
             self._post_500 -= 1
             return web.Response(status=500, text="500 Internal Server Error\n\nServer got itself in trouble")
-        return _json({"prompt_id": prompt_id, "number": number, "node_errors": verdict.node_errors})
+        return as_json({"prompt_id": prompt_id, "number": number, "node_errors": verdict.node_errors})
 
     async def _queue(self, _request: web.Request) -> web.Response:
         running = self.worker.running
-        return _json({"queue_running": [running] if running else [], "queue_pending": list(self.worker.pending)})
+        return as_json({"queue_running": [running] if running else [], "queue_pending": list(self.worker.pending)})
 
     async def _change_queue(self, request: web.Request) -> web.Response:
         body = _decode(await request.read())
@@ -188,53 +188,26 @@ class FakeEngine:
         self.freed += 1
         return web.Response()
 
+    async def _change_history(self, request: web.Request) -> web.Response:
+        body = _decode(await request.read())
+        with self.worker.changed:
+            for prompt_id in list(self.worker.history) if body.get("clear") else body.get("delete", []):
+                self.worker.history.pop(prompt_id, None)
+        return web.Response()
+
     async def _all_history(self, request: web.Request) -> web.Response:
         entries = list(self.worker.history.items())
         if "max_items" in request.query:
             entries = entries[-int(request.query["max_items"]) :]
-        return _json(dict(entries))
+        return as_json(dict(entries))
 
     async def _history(self, request: web.Request) -> web.Response:
         prompt_id = request.match_info["prompt_id"]
         entry = self.worker.history.get(prompt_id)
-        return _json({prompt_id: entry} if entry else {})
-
-    async def _view(self, request: web.Request) -> web.StreamResponse:
-        folder = self._folders.get(request.query.get("type", "output"))
-        name = request.query.get("filename", "")
-        if folder is None or ".." in name or name.startswith("/"):
-            return web.Response(status=400)
-        path = folder / request.query.get("subfolder", "") / name
-        if folder not in path.resolve().parents:
-            return web.Response(status=403)
-        return web.FileResponse(path) if path.is_file() else web.Response(status=404)
-
-    async def _upload(self, request: web.Request) -> web.Response:
-        form = await request.post()
-        field = form.get("image")
-        if not isinstance(field, web.FileField):
-            return web.Response(status=400)
-        name, subfolder = Path(field.filename).name, str(form.get("subfolder", ""))
-        folder = self._input_dir / subfolder
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(field.file.read())
-        return _json({"name": name, "subfolder": subfolder, "type": "input"})
-
-    async def _all_object_info(self, _request: web.Request) -> web.Response:
-        return _json({name: object_info(name) for name in NODES})
-
-    async def _object_info(self, request: web.Request) -> web.Response:
-        name = request.match_info["name"]
-        return _json({name: object_info(name)} if name in NODES else {})
-
-    async def _system_stats(self, _request: web.Request) -> web.Response:
-        memory = 24 * 2**30
-        system = {"os": "posix", "ram_total": memory, "ram_free": memory, "comfyui_version": "0.3.64", "argv": sys.argv}
-        device = {"name": "cpu", "type": "cpu", "index": 0, "vram_total": memory, "vram_free": memory}
-        return _json({"system": system, "devices": [device]})
+        return as_json({prompt_id: entry} if entry else {})
 
     async def _fake_counts(self, _request: web.Request) -> web.Response:
-        return _json({"renders": self.worker.renders, "freed": self.freed})
+        return as_json({"renders": self.worker.renders, "freed": self.freed})
 
     async def _fake_faults(self, request: web.Request) -> web.Response:
         """{"oom": 1} strikes the next prompt (`FakeWorker.faults`); the other fields say how HTTP and socket behave."""
@@ -248,11 +221,27 @@ class FakeEngine:
             for socket in list(self._sockets.values()):
                 await socket.close()
         self.worker.faults.update({name: int(count) for name, count in asked.items()})
-        return _json({})
+        return as_json({})
 
 
-def _json(body: Any, status: int = 200) -> web.Response:
-    return web.Response(body=_encode(body), status=status, content_type="application/json")
+async def _agree_features(socket: web.WebSocketResponse, text: str) -> bool:
+    """The first message that parses may name features; True when it did parse."""
+    try:
+        message = _decode(text)
+    except msgspec.DecodeError:
+        return False
+    if isinstance(message, dict) and message.get("type") == "feature_flags":
+        await socket.send_json({"type": "feature_flags", "data": FEATURES})
+    return True
+
+
+@web.middleware
+async def _same_origin(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """ComfyUI's own check: on a loopback name, Origin must be Host."""
+    origin, host = request.headers.get("Origin"), request.headers.get("Host", "")
+    if origin and urlsplit(origin).netloc.lower() != host.lower():
+        return web.Response(status=403)
+    return await handler(request)
 
 
 @click.command()

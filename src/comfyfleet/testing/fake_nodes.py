@@ -42,6 +42,10 @@ NODES: dict[str, FakeNode] = {
         outputs=("IMAGE",),
         limits={"width": (1, 16384), "height": (1, 16384), "batch_size": (1, 4096), "color": (0, 0xFFFFFF)},
     ),
+    "ImageScale": FakeNode(
+        inputs={"image": "IMAGE", "upscale_method": "STRING", "width": "INT", "height": "INT", "crop": "STRING"},
+        outputs=("IMAGE",),
+    ),
     "LoadImage": FakeNode(inputs={"image": "STRING"}, outputs=("IMAGE", "MASK")),
     "SaveImage": _save("IMAGE", "images", "images", "png"),
     "PreviewImage": _save("IMAGE", "images", "images", "png", "temp"),
@@ -120,6 +124,9 @@ NODES: dict[str, FakeNode] = {
 }
 
 
+_DEFAULTS = {"width": 512, "height": 512}
+
+
 def convert(kind: str, value: Any) -> Any:
     """ComfyUI's conversion, in place and before the range check; raises ValueError or TypeError."""
     if kind == "INT":
@@ -137,7 +144,7 @@ def object_info(name: str) -> dict[str, Any]:
     required: dict[str, Any] = {}
     for input_name, kind in node.inputs.items():
         low, high = (node.limits or {}).get(input_name, (None, None))
-        details = {} if low is None else {"min": low, "max": high}
+        details = {} if low is None else {"default": _DEFAULTS.get(input_name, low), "min": low, "max": high, "step": 1}
         required[input_name] = [kind, details]
     return {
         "input": {"required": required},

@@ -33,6 +33,8 @@ class _NodeFault(Exception):
         self.kind = kind
 
 
+_SCALING_S = 0.15
+
 OOM = _NodeFault("torch.OutOfMemoryError", "Allocation on device \nThis error means you ran out of memory on your GPU.")
 DEVICE_ASSERT = _NodeFault("torch.AcceleratorError", "CUDA error: device-side assert triggered")
 
@@ -41,12 +43,12 @@ class FakeWorker(threading.Thread):
     """Runs prompts one at a time. `faults` maps a fault's name to how many prompts it still strikes."""
 
     def __init__(
-        self, *, emit: Emit, clock: Clock, output_dir: Path, temp_dir: Path, job_s: float, ledger: Path | None
-    ):
+        self, *, emit: Emit, clock: Clock, folders: Mapping[str, Path], job_s: float, ledger: Path | None
+    ) -> None:
         super().__init__(name="prompt_worker", daemon=True)
         self._emit = emit
         self._clock = clock
-        self._folders = {"output": output_dir, "temp": temp_dir}
+        self._folders = folders
         self._job_s = job_s
         self._ledger = ledger
         self._cache: dict[Any, dict[str, Any]] = {}
@@ -54,6 +56,7 @@ class FakeWorker(threading.Thread):
         self._poisoned = False
         self._stop_now = threading.Event()
         self._free: bool = False
+        self.node: str | None = None
         self.changed = threading.Condition()
         self.pending: list[Item] = []
         self.running: Item | None = None
@@ -95,12 +98,12 @@ class FakeWorker(threading.Thread):
                 while not self.pending and not self._free:
                     self.changed.wait()
                 item = self.pending.pop(0) if self.pending else None
-                self.running = item
+                self.running, self.node = item, None
+                if self._free:
+                    self._free = False
+                    self._cache.clear()
             if item is not None:
                 self._run_prompt(item)
-            if self._free:
-                self._free = False
-                self._cache.clear()
 
     def _run_prompt(self, item: Item) -> None:
         _, prompt_id, prompt, extra, outputs = item
@@ -124,7 +127,22 @@ class FakeWorker(threading.Thread):
         cached = [node_id for node_id, key in keys.items() if key in self._cache]
         tell("execution_cached", {"nodes": cached}, keep=True)
         shown: dict[str, Any] = {}
+        states: dict[str, dict[str, Any]] = {}
         executed: list[str] = []
+
+        def tell_state(node_id: str, value: float, maximum: float, state: str) -> None:
+            states[node_id] = {
+                "value": value,
+                "max": maximum,
+                "state": state,
+                "node_id": node_id,
+                "prompt_id": prompt_id,
+                "display_node_id": node_id,
+                "parent_node_id": None,
+                "real_node_id": node_id,
+            }
+            tell("progress_state", {"nodes": states})
+
         current = ""
         failure: tuple[str, dict[str, Any]] | None = None
         order = _order(prompt, outputs)
@@ -136,12 +154,16 @@ class FakeWorker(threading.Thread):
                     ui = self._cache[keys[node_id]]
                     if ui:
                         tell("executed", {"node": node_id, "display_node": node_id, "output": ui})
+                        tell_state(node_id, 1.0, 1.0, "finished")
                 else:
+                    self.node = node_id
+                    tell_state(node_id, 0.0, 1.0, "running")
                     tell("executing", {"node": node_id, "display_node": node_id})
                     ui = self._run_node(prompt, node_id, self._job_s / max(1, len(fresh)), tell)
                     executed.append(node_id)
                     if ui:
                         tell("executed", {"node": node_id, "display_node": node_id, "output": ui})
+                    tell_state(node_id, 1.0, 1.0, "finished")
                     self._cache[keys[node_id]] = ui
                 if ui:
                     shown[node_id] = ui
@@ -167,7 +189,7 @@ class FakeWorker(threading.Thread):
         if self.history_late_s:
             threading.Event().wait(self.history_late_s)
         entry = {
-            "prompt": [item[0], prompt_id, prompt, extra, outputs],
+            "prompt": [item[0], prompt_id, prompt, _without_keys(extra), outputs],
             "outputs": shown,
             "status": {
                 "status_str": "success" if failure is None else "error",
@@ -203,6 +225,10 @@ class FakeWorker(threading.Thread):
                 self._strike(fault)
         if name == "FakeFault":
             self._strike(str(values["fault"]))
+        elif name == "ImageScale":
+            self._work(_SCALING_S)
+        elif name == "LoadImage":
+            self._load(str(values["image"]))
         elif name == "FakeSleep":
             self._work(float(values["seconds"]))
         elif name.startswith("KSampler"):
@@ -214,6 +240,11 @@ class FakeWorker(threading.Thread):
             self._work(work_s)
         saves = NODES[name].saves
         return self._save(saves, values, prompt, node_id) if saves else {}
+
+    def _load(self, name: str) -> None:
+        path = self._folders["input"] / name
+        if path.is_file() and not path.read_bytes().startswith(b"\x89PNG"):
+            raise _NodeFault("PIL.UnidentifiedImageError", f"cannot identify image file '{path}'")
 
     def _work(self, seconds: float) -> None:
         if self._stop_now.wait(seconds):
@@ -266,6 +297,10 @@ class FakeWorker(threading.Thread):
         if self._ledger is not None:
             with self._ledger.open("a", encoding="utf-8") as file:
                 file.write(f"{what} {prompt_id}\n")
+
+
+def _without_keys(extra: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in extra.items() if name not in ("auth_token_comfy_org", "api_key_comfy_org")}
 
 
 def _source_of_pixels(prompt: Mapping[str, Any], node_id: str) -> dict[str, Any]:

@@ -53,16 +53,18 @@ async def adopt(slot: EngineSlot, watch: PromptWatch, *, clock: Clock) -> RunEnd
     """Follow a prompt that was submitted before this process began."""
     slot.watches[watch.prompt_id] = watch
     try:
-        return await follow(slot, watch, clock=clock)
+        return await follow(slot, watch, clock=clock, first_poll_s=0.0)
     finally:
         slot.watches.pop(watch.prompt_id, None)
 
 
-async def follow(slot: EngineSlot, watch: PromptWatch, *, clock: Clock) -> RunEnd:
-    """Wait for the end of a submitted prompt."""
+async def follow(slot: EngineSlot, watch: PromptWatch, *, clock: Clock, first_poll_s: float = POLL_S) -> RunEnd:
+    """Wait for the end of a submitted prompt. An adopted one is asked for at once: it may have ended long ago."""
+    poll_s = first_poll_s
     while True:
-        with anyio.move_on_after(POLL_S):
+        with anyio.move_on_after(poll_s):
             await watch.hint.wait()
+        poll_s = POLL_S
         if watch.lost is not None:
             return _lost(slot, watch)
         try:
