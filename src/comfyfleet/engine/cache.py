@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from comfyfleet.engine.events import Ui
@@ -123,13 +123,18 @@ def measure(value: Any) -> tuple[int, tuple[tuple[str, int], ...]]:
     return own_bytes, tuple(weights.items())
 
 
+_WEIGHTLESS = (int, float, type(None))
+
+
 def _parts(value: Any) -> Iterator[Any]:
     stack = [value]
     while stack:
         current = stack.pop()
-        if isinstance(current, tuple | list):
+        if isinstance(current, _WEIGHTLESS):
+            continue
+        if isinstance(current, (tuple, list)):
             stack.extend(current)
-        elif isinstance(current, Mapping):
+        elif isinstance(current, dict):
             stack.extend(current.values())
         elif dataclasses.is_dataclass(current) and not isinstance(current, type) and not hasattr(current, "size_bytes"):
             stack.extend(getattr(current, field.name) for field in dataclasses.fields(current))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from comfyfleet.clock import Clock
@@ -91,7 +91,13 @@ class _Run:
         self._emit = emit
         self._is_stopped = is_stopped
         self._executed: list[str] = []
-        self._results: dict[str, Result] = {}
+        self._done: list[str] = []  # nodes whose result is known, from the cache or from this run
+        self._values: dict[str, tuple[Any, ...]] = {}  # their outputs, for as long as a node waits for them
+        self._shown: dict[str, events.Ui] = {}
+        self._sources = {
+            node_id: [value[0] for value in node["inputs"].values() if is_link(value)]
+            for node_id, node in job.graph.items()
+        }
         self._written: list[FileState] = []
         self._waiting_users: Counter[str] = Counter()
         self.node_id = ""
@@ -118,24 +124,28 @@ class _Run:
         graph, owner = self._job.graph, self._owner
         self._emit(events.RunStarted(timestamp_ms=owner.now_ms()))
         names = signatures(graph, self._declaration, self._file_mark)
+        known: dict[str, events.Ui | None] = {}
         for node_id in graph:
-            known = owner.cache.get(names.get(node_id))
-            if known is not None:
-                self._results[node_id] = known
-        self._emit(events.CacheHits(nodes=list(self._results), timestamp_ms=owner.now_ms()))
-        known_nodes = set(self._results)
+            result = owner.cache.get(names.get(node_id))
+            if result is not None:
+                known[node_id] = result.ui
+                self._keep(node_id, result)
+        self._emit(events.CacheHits(nodes=list(known), timestamp_ms=owner.now_ms()))
         is_output = {node_id: self._declaration(node["class_type"]).is_output for node_id, node in graph.items()}
-        plan = Plan(graph, self._job.outputs, is_output=is_output, known=known_nodes)
-        self._waiting_users = Counter(source for node_id in plan for source in self._sources(node_id, known_nodes))
+        plan = Plan(self._sources, self._job.outputs, is_output=is_output, known=known)
+        for node_id in plan:
+            if node_id not in known:
+                for source in self._sources[node_id]:
+                    self._waiting_users[source] += 1
         while (next_node := plan.next_node()) is not None:
             node_id = self.node_id = next_node
-            if node_id in known_nodes:
-                self._emit(events.NodeReused(node=node_id, ui=self._results[node_id].ui))
+            if node_id in known:
+                self._emit(events.NodeReused(node=node_id, ui=known[node_id]))
             else:
                 failure = self._attempt(node_id, names.get(node_id))
                 if failure is not None:
                     return self._outcome("error", failure)
-                if node_id not in self._results:
+                if node_id not in self._values:
                     return self._outcome("interrupted", None)
                 self._executed.append(node_id)
                 self._let_go(node_id)
@@ -144,7 +154,7 @@ class _Run:
         return self._outcome("success", None)
 
     def _attempt(self, node_id: str, signature: str | None) -> events.RunFailed | None:
-        """Run one node. None with a result: it ran. None without: interrupted. Else: why it failed."""
+        """Run one node. None with a value: it ran. None without: interrupted. Else: why it failed."""
         self._emit(events.NodeStarted(node=node_id))
         class_type = self._job.graph[node_id]["class_type"]
         inputs: dict[str, Any] = {}
@@ -167,27 +177,28 @@ class _Run:
             failure = self._failure(node_id, class_type, inputs, error)
             self._emit(failure)
             if failure.exception_type == OUT_OF_MEMORY:
-                self._results.clear()
+                self._values.clear()
                 self._owner.free(unload_models=True, drop_results=True)
             return failure
-        self._results[node_id] = result
+        self._keep(node_id, result)
         self._owner.cache.put(signature, result)
         if result.ui is not None:
             self._emit(events.NodeShown(node=node_id, ui=result.ui))
         self._emit(events.NodeFinished(node=node_id))
         return None
 
-    def _sources(self, node_id: str, known_nodes: Collection[str] = ()) -> set[str]:
-        if node_id in known_nodes:
-            return set()
-        return {value[0] for value in self._job.graph[node_id]["inputs"].values() if is_link(value)}
+    def _keep(self, node_id: str, result: Result) -> None:
+        self._values[node_id] = result.outputs
+        self._done.append(node_id)
+        if result.ui is not None:
+            self._shown[node_id] = result.ui
 
     def _let_go(self, node_id: str) -> None:
         """What this node took and nobody else waits for lives on in the cache only, if there."""
-        for source in self._sources(node_id):
+        for source in self._sources[node_id]:
             self._waiting_users[source] -= 1
             if self._waiting_users[source] == 0:
-                self._results[source] = replace(self._results[source], outputs=())
+                del self._values[source]
 
     def _inputs(self, node_id: str) -> dict[str, Any]:
         node = self._job.graph[node_id]
@@ -196,7 +207,7 @@ class _Run:
         for name, value in node["inputs"].items():
             if name not in declared:
                 continue
-            found[name] = self._results[value[0]].outputs[value[1]] if is_link(value) else value
+            found[name] = self._values[value[0]][value[1]] if is_link(value) else value
         return found
 
     def _call(self, class_type: str, inputs: dict[str, Any]) -> Result:
@@ -226,39 +237,40 @@ class _Run:
             exception_type=kind,
             traceback=traceback.format_tb(error.__traceback__),
             current_inputs={name: [shown_value(value)] for name, value in inputs.items()},
-            current_outputs=list(self._results),
+            current_outputs=list(self._done),
             timestamp_ms=self._owner.now_ms(),
         )
 
     def _outcome(self, status: Any, failure: events.RunFailed | None) -> events.RunOutcome:
-        shown = {node_id: ui for node_id, result in self._results.items() if (ui := result.ui) is not None}
         return events.RunOutcome(
             status=status,
-            outputs={node_id: shown[node_id] for node_id in self._job.graph if node_id in shown},
+            outputs={node_id: self._shown[node_id] for node_id in self._job.graph if node_id in self._shown},
             miniature=self._used_miniature(),
             failure=failure,
         )
 
     def _used_miniature(self) -> bool:
         """True when a loader upstream of an output names a miniature file."""
-        for _, declared, value in self._needed_files():
-            if isinstance(declared, ModelFiles) and self.folders.is_miniature(declared.folder, value):
-                return True
-        return False
+        try:
+            return any(self.folders.is_miniature(folder, name) for folder, name in self._needed_models())
+        except FileNotFoundError:
+            return False  # a file that is gone: nothing was made with it
 
-    def _needed_files(self) -> list[tuple[str, Any, str]]:
+    def _needed_models(self) -> list[tuple[str, str]]:
+        """(folder, name) of the model files that the job's outputs hang on."""
         found = []
         stack, seen = list(self._job.outputs), set(self._job.outputs)
         while stack:
             node_id = stack.pop()
             node = self._job.graph[node_id]
-            declared = self._declaration(node["class_type"]).inputs
-            for name, value in node["inputs"].items():
-                if is_link(value) and value[0] not in seen and value[0] in self._job.graph:
-                    seen.add(value[0])
-                    stack.append(value[0])
-                elif name in declared and isinstance(value, str) and declared[name].options is not None:
-                    found.append((name, declared[name].options, value))
+            for source in self._sources[node_id]:
+                if source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+            for name, declared in self._declaration(node["class_type"]).inputs.items():
+                value = node["inputs"].get(name)
+                if isinstance(declared.options, ModelFiles) and isinstance(value, str):
+                    found.append((declared.options.folder, value))
         return found
 
     # What a signature asks

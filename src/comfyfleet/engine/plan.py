@@ -7,30 +7,35 @@ whose result an output waits for, then one that is two links away from an output
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
-
-from comfyfleet.wire.workflow import is_link
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 
 class Plan:
-    """The nodes still to run for some outputs. Take `next_node`, then say `finish`."""
+    """The nodes still to run for some outputs; `sources` are the nodes each one takes from, in the order of its inputs.
+
+    Take `next_node`, then say `finish`.
+    """
 
     def __init__(
-        self, graph: Mapping[str, Any], outputs: Iterable[str], *, is_output: Mapping[str, bool], known: set[str]
+        self,
+        sources: Mapping[str, Sequence[str]],
+        outputs: Iterable[str],
+        *,
+        is_output: Mapping[str, bool],
+        known: Collection[str],
     ) -> None:
         self._is_output = is_output
         self._users: dict[str, dict[str, None]] = {}
         self._waits_for: dict[str, int] = {}
         for output in outputs:
-            self._walk(graph, output, known)
+            self._walk(sources, output, known)
         self._position = {node_id: position for position, node_id in enumerate(self._waits_for)}
         self._ready: list[tuple[int, int, str]] = []
         for node_id, count in self._waits_for.items():
             if count == 0:
                 self._make_ready(node_id)
 
-    def _walk(self, graph: Mapping[str, Any], start: str, known: set[str]) -> None:
+    def _walk(self, sources: Mapping[str, Sequence[str]], start: str, known: Collection[str]) -> None:
         stack = [start]
         links: dict[tuple[str, str], None] = {}
         while stack:
@@ -41,10 +46,10 @@ class Plan:
             self._users[node_id] = {}
             if node_id in known:
                 continue
-            for value in graph[node_id]["inputs"].values():
-                if is_link(value) and value[0] not in known:
-                    stack.append(value[0])
-                    links[value[0], node_id] = None
+            for source in sources[node_id]:
+                if source not in known:
+                    stack.append(source)
+                    links[source, node_id] = None
         for source, user in links:
             if user not in self._users[source]:
                 self._users[source][user] = None

@@ -35,15 +35,8 @@ RECORDED = [
 ]
 
 
-def graph_of(links: dict[str, list[str]]) -> dict:
-    return {
-        name: {"class_type": "X", "inputs": {f"i{at}": [source, 0] for at, source in enumerate(sources)}}
-        for name, sources in links.items()
-    }
-
-
 def walk(links: dict[str, list[str]], outputs: list[str], known: set[str]) -> list[str]:
-    plan = Plan(graph_of(links), outputs, is_output={name: name in outputs for name in links}, known=known)
+    plan = Plan(links, outputs, is_output={name: name in outputs for name in links}, known=known)
     order = []
     while (name := plan.next_node()) is not None:
         order.append(name)
