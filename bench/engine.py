@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench.figure import Figure
 
+from bench.figure import Figure
 from comfyfleet.clock import SystemClock
 from comfyfleet.engine.cache import ResultCache
 from comfyfleet.engine.events import Event
@@ -29,8 +29,8 @@ from comfyfleet.ids import SystemIds
 
 NODES = 1000
 REPEATS = 5
-SEEDS = {"ace_step_v1_t2m": 35.0, "wan22_t2v_a14b": 60.0}  # file in workflows/, goal in seconds on two cores
-WORKFLOWS = Path(__file__).parents[1] / "workflows"
+SEEDS = {"ace_step_v1_t2m": 35.0, "wan22_t2v_a14b": 60.0}  # the documents' requests, goal in seconds on two cores
+REQUESTS = Path(__file__).parents[1] / "src" / "comfyfleet" / "cli" / "requests"
 RATE_HZ, SONG_S = 44100, 180
 FILM_FRAMES, FILM_SIDE, FILM_FPS = 81, 640, 16
 
@@ -135,7 +135,7 @@ def _seeds(settings: RenderSettings) -> list[Figure]:
     executor = make_executor(settings, settings.folders(clock, SystemIds()), clock)
     found = []
     for name, goal in SEEDS.items():
-        text = (WORKFLOWS / f"{name}.json").read_text().replace('"__RANDOM_INT__"', "7")
+        text = (REQUESTS / f"{name}.json").read_text().replace('"__RANDOM_INT__"', "7")
         graph = json.loads(text)
         checked = check_prompt(graph, executor.registry.declarations(), executor.folders)
         job = Job(prompt_id=name, graph=graph, outputs=checked.outputs, extra_pnginfo={})
