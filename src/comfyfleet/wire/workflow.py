@@ -127,10 +127,20 @@ def check_acyclic(graph: Graph) -> None:
             if not waiting[user]:
                 ready.append(user)
     if done < len(graph):
-        on_cycle = min(node_id for node_id, sources in waiting.items() if sources)
+        on_cycle = _node_on_cycle(waiting)
         raise WorkflowRefused(
             f"node {on_cycle} ({graph[on_cycle]['class_type']}) depends on itself: the links form a cycle",
             node_id=on_cycle,
             class_type=graph[on_cycle]["class_type"],
             reason="cycle",
         )
+
+
+def _node_on_cycle(waiting: Mapping[str, set[str]]) -> str:
+    """A node of a cycle, not one that merely depends on it: walk up from any that waits until one comes twice."""
+    current = min(node_id for node_id, sources in waiting.items() if sources)
+    passed: list[str] = []
+    while current not in passed:
+        passed.append(current)
+        current = min(source for source in waiting[current] if waiting[source])
+    return min(passed[passed.index(current) :])

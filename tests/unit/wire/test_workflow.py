@@ -36,6 +36,13 @@ def test_a_cycle_is_refused_naming_a_node_on_it() -> None:
     assert refusal.value.details["reason"] == "cycle"
 
 
+def test_a_node_that_only_depends_on_a_cycle_is_not_the_one_named() -> None:
+    with pytest.raises(WorkflowRefused) as refusal:
+        parse_graph({"1": a_node(image=["5", 0]), "5": a_node(image=["5", 0]), "7": a_node()})
+
+    assert refusal.value.details["node_id"] == "5"
+
+
 def test_a_chain_that_would_exhaust_the_engine_is_refused() -> None:
     chain = {str(n): a_node(image=[str(n - 1), 0]) for n in range(1, MAX_CHAIN + 1)}
     chain["0"] = a_node()
