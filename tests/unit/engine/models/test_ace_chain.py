@@ -10,7 +10,8 @@ from comfyfleet.engine.sampling.noise import initial_noise
 from comfyfleet.engine.sampling.sample import sample
 from comfyfleet.engine.sampling.schedules import FlowSigmas, schedule
 from comfyfleet.engine.values import ConditioningEntry
-from unit.engine.models.ace_goldens import distance, graph, parts, record, tensors, zeroed
+from engine_ace import parts, zeroed
+from engine_goldens import facts, relative_error, tensors
 
 TIGHT = 1e-5
 
@@ -22,12 +23,14 @@ def guided_model(*, shift, tonemap):
 
 def golden_prompt():
     """t2m's conditioning with its tags encoded by us and its ids given."""
-    ids = tensors("t2m")["lyric_ids.positive"]
-    return replace(parts()[1].encode(graph("t2m")["14"]["inputs"]["tags"]), lyric_ids=ids, lyrics_strength=0.99)
+    ids = tensors("ace/t2m/record")["lyric_ids.positive"]
+    return replace(
+        parts()[1].encode(facts("ace/t2m/graph")["14"]["inputs"]["tags"]), lyric_ids=ids, lyrics_strength=0.99
+    )
 
 
 def sampled(case, on_step=None):
-    nodes = graph(case)
+    nodes = facts(f"ace/{case}/graph")
     settings = nodes["52"]["inputs"]
     model = guided_model(shift=nodes["51"]["inputs"]["shift"], tonemap=nodes["50"]["inputs"]["multiplier"])
     sigmas = schedule(
@@ -37,7 +40,7 @@ def sampled(case, on_step=None):
         steps=settings["steps"],
         denoise=1.0,
     )
-    assert sigmas.tolist() == record(case)["sigmas"]
+    assert sigmas.tolist() == facts(f"ace/{case}/record")["sigmas"]
     latent = torch.zeros(1, 8, 16, int(nodes["17"]["inputs"]["seconds"] * 44_100 / 512 / 8))
     prompt = golden_prompt()
     return sample(
@@ -57,46 +60,48 @@ def sampled(case, on_step=None):
 def test_tags_are_encoded_as_the_reference_does():
     prompt = golden_prompt()
 
-    assert distance(prompt.embedding, tensors("t2m")["text.positive"]) <= TIGHT
-    assert torch.equal(zeroed(prompt).embedding, tensors("t2m")["text.negative"])
+    assert relative_error(prompt.embedding, tensors("ace/t2m/record")["text.positive"]) <= TIGHT
+    assert torch.equal(zeroed(prompt).embedding, tensors("ace/t2m/record")["text.negative"])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["positive", "negative"])
 def test_the_whole_songs_lyrics_are_encoded_as_the_reference_does(side):
-    golden = tensors("t2m")
+    golden = tensors("ace/t2m/record")
     rows = parts()[0].network.network().encode_lyrics(golden[f"lyric_ids.{side}"], torch.float32)
 
     head, tail = golden[f"lyric_encoder.{side}.head"], golden[f"lyric_encoder.{side}.tail"]
-    assert distance(rows[:, : head.shape[1]], head) <= TIGHT
-    assert distance(rows[:, -tail.shape[1] :], tail) <= TIGHT
+    assert relative_error(rows[:, : head.shape[1]], head) <= TIGHT
+    assert relative_error(rows[:, -tail.shape[1] :], tail) <= TIGHT
 
 
 def test_the_song_is_the_references_from_noise_to_waveform():
-    golden = tensors("t2m")
+    golden = tensors("ace/t2m/record")
 
     latent = sampled("t2m")
     audio = parts()[2].decode_audio(latent)
 
-    assert distance(latent, golden["latent"]) <= TIGHT
-    assert distance(audio.waveform, golden["waveform"]) <= TIGHT
+    assert relative_error(latent, golden["latent"]) <= TIGHT
+    assert relative_error(audio.waveform, golden["waveform"]) <= TIGHT
 
 
 def test_every_step_on_the_way_is_the_references():
-    golden, seen = tensors("er_sde_steps"), []
+    golden, seen = tensors("ace/er_sde_steps/record"), []
 
     latent = sampled("er_sde_steps", on_step=lambda step, steps, x0, x: seen.append((x.clone(), x0.clone())))
 
     assert len(seen) == len(golden["step_x"])
     for (x, x0), golden_x, golden_x0 in zip(seen, golden["step_x"], golden["step_x0"], strict=True):
-        assert distance(x, golden_x) <= TIGHT
-        assert distance(x0, golden_x0) <= TIGHT
-    assert distance(latent, golden["latent"]) <= TIGHT
+        assert relative_error(x, golden_x) <= TIGHT
+        assert relative_error(x0, golden_x0) <= TIGHT
+    assert relative_error(latent, golden["latent"]) <= TIGHT
 
 
-@pytest.mark.parametrize("run", record("given_ids")["runs"], ids=lambda run: f"{run['sampler_name']}-cfg{run['cfg']}")
+@pytest.mark.parametrize(
+    "run", facts("ace/given_ids/record")["runs"], ids=lambda run: f"{run['sampler_name']}-cfg{run['cfg']}"
+)
 def test_other_samplers_and_strengths_end_in_the_references_latent(run):
-    golden = tensors("given_ids")
+    golden = tensors("ace/given_ids/record")
     prompt = ConditioningEntry(embedding=golden["text"], lyric_ids=golden["lyric_ids"], lyrics_strength=0.8)
     noise = initial_noise(torch.zeros(golden["noise"].shape), run["seed"])
     assert torch.equal(noise, golden["noise"])
@@ -113,7 +118,7 @@ def test_other_samplers_and_strengths_end_in_the_references_latent(run):
         seed=run["seed"],
     )
 
-    assert distance(latent, golden[f"{run['key']}.latent"]) <= TIGHT
+    assert relative_error(latent, golden[f"{run['key']}.latent"]) <= TIGHT
 
 
 def test_a_weighted_tag_moves_away_from_the_empty_prompt():
@@ -122,9 +127,9 @@ def test_a_weighted_tag_moves_away_from_the_empty_prompt():
     heavy = tags.encode_tokens(tags.tokenizer.tokens("rock, (loud:1.4)"))
     empty = tags.encode_tokens(tags.tokenizer.tokens(""))
 
-    assert distance(heavy[:, 0], plain[:, 0]) <= TIGHT
-    assert distance(heavy[:, -1], plain[:, -1]) <= TIGHT, "the end mark has no weight"
+    assert relative_error(heavy[:, 0], plain[:, 0]) <= TIGHT
+    assert relative_error(heavy[:, -1], plain[:, -1]) <= TIGHT, "the end mark has no weight"
     # The empty prompt's first row sees no padding, however long its company is.
     two = tags.encode_tokens(tags.tokenizer.tokens("(a:2.0)"))
     alone = tags.encode_tokens(tags.tokenizer.tokens("a"))
-    assert distance(two[:, 0] - empty[:, 0], 2 * (alone[:, 0] - empty[:, 0])) <= 1e-4
+    assert relative_error(two[:, 0] - empty[:, 0], 2 * (alone[:, 0] - empty[:, 0])) <= 1e-4

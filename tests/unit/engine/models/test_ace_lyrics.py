@@ -5,7 +5,6 @@ pieces (goldens/ace/lyric_pieces.json) and compared with our cleaned text; with 
 tokenizers/ace_step_lyrics_vocab.json in the folder COMFYFLEET_MODELS_DIR) the ids themselves are compared.
 """
 
-import json
 import os
 import re
 from pathlib import Path
@@ -29,10 +28,11 @@ from comfyfleet.engine.models.ace_lyrics.tokenizer import (
 )
 from comfyfleet.engine.models.prompt_weights import parse
 from comfyfleet.wire.errors import ModelFileUnusable
-from unit.engine.models.ace_goldens import GOLDENS, parts
+from engine_ace import parts
+from engine_goldens import facts
 
-LYRICS = json.loads((GOLDENS / "ace" / "lyric_ids.json").read_text())
-PIECES = json.loads((GOLDENS / "ace" / "lyric_pieces.json").read_text())["pieces"]
+LYRICS = facts("ace/lyric_ids")
+PIECES = facts("ace/lyric_pieces")["pieces"]
 UNKNOWN = 1
 
 

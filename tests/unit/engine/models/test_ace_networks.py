@@ -9,14 +9,15 @@ from comfyfleet.engine.models.ace_transformer import PUBLISHED_SIZES, AceTransfo
 from comfyfleet.engine.models.checkpoint import open_checkpoint
 from comfyfleet.engine.values import Audio, ConditioningEntry
 from comfyfleet.wire.errors import ModelFileUnusable
-from unit.engine.models.ace_goldens import CHECKPOINT, distance, parts, tensors
+from engine_ace import CHECKPOINT, parts
+from engine_goldens import relative_error, tensors
 
 TIGHT = 1e-5
 
 
 @pytest.fixture
 def given():
-    return tensors("given_ids")
+    return tensors("ace/given_ids/record")
 
 
 @pytest.fixture
@@ -26,14 +27,14 @@ def network():
 
 @torch.no_grad()
 def test_the_lyric_encoder_equals_the_reference(given, network):
-    assert distance(network.encode_lyrics(given["lyric_ids"], torch.float32), given["lyric_encoder"]) <= TIGHT
+    assert relative_error(network.encode_lyrics(given["lyric_ids"], torch.float32), given["lyric_encoder"]) <= TIGHT
 
 
 @torch.no_grad()
 def test_the_context_is_speaker_tags_and_weighted_lyrics(given, network):
     context = network.encode_context(given["text"], given["lyric_ids"], 0.8)
 
-    assert distance(context, given["context"]) <= TIGHT
+    assert relative_error(context, given["context"]) <= TIGHT
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def test_one_forward_equals_the_reference(given, network):
     rotary = rotary_tables(given["forward.x"].shape[-1], torch.device("cpu"))
     velocity = network(given["forward.x"], given["forward.timestep"], network.prepare(given["context"]), rotary)
 
-    assert distance(velocity, given["forward.output"]) <= TIGHT
+    assert relative_error(velocity, given["forward.output"]) <= TIGHT
 
 
 @torch.no_grad()
@@ -49,8 +50,8 @@ def test_latents_become_the_reference_mel_and_waveform(given):
     sound = parts()[2].network()
     mel = sound.dcae.decoder(given["vae.latent"] / 0.1786 - 1.9091)[0] * 7 - 4
 
-    assert distance(mel, given["vae.mel"]) <= TIGHT
-    assert distance(sound.vocoder(given["vae.mel"])[:, :4096], given["vae.vocoder_output"]) <= TIGHT
+    assert relative_error(mel, given["vae.mel"]) <= TIGHT
+    assert relative_error(sound.vocoder(given["vae.mel"])[:, :4096], given["vae.vocoder_output"]) <= TIGHT
 
 
 @pytest.mark.slow  # importing diffusers takes most of it
@@ -78,8 +79,8 @@ def test_encoder_and_decoder_equal_an_independent_implementation():
     dice = torch.Generator().manual_seed(1)
     spectrogram, latents = torch.randn(1, 2, 128, 160, generator=dice), torch.randn(1, 8, 16, 150, generator=dice)
 
-    assert distance(ours.encoder(spectrogram), independent.encoder(spectrogram)) <= TIGHT
-    assert distance(ours.decoder(latents), independent.decoder(latents)) <= TIGHT
+    assert relative_error(ours.encoder(spectrogram), independent.encoder(spectrogram)) <= TIGHT
+    assert relative_error(ours.decoder(latents), independent.decoder(latents)) <= TIGHT
 
 
 @torch.no_grad()
@@ -90,9 +91,9 @@ def test_decoding_in_windows_changes_nothing(columns, window):
     mel = sound.dcae.decoder(latents, window=columns)
     waveform = sound.vocoder(mel[0] * 7 - 4, backbone_window=8 * columns, head_window=8 * columns)
 
-    assert distance(sound.dcae.decoder(latents, window=window), mel) <= TIGHT
+    assert relative_error(sound.dcae.decoder(latents, window=window), mel) <= TIGHT
     pieces = sound.vocoder(mel[0] * 7 - 4, backbone_window=window, head_window=2 * window)
-    assert distance(pieces, waveform) <= TIGHT
+    assert relative_error(pieces, waveform) <= TIGHT
 
 
 def test_a_batch_is_as_good_as_its_parts(given):
@@ -108,9 +109,9 @@ def test_a_batch_is_as_good_as_its_parts(given):
 
     both = model.forward(torch.cat([x, x]), time.expand(2), pair)
 
-    assert distance(both[:1], model.forward(x, time, entry)) <= TIGHT
-    assert distance(both[1:], model.forward(x, time, nothing)) <= TIGHT
-    assert distance(model.forward(torch.cat([x, x]), time.expand(2), entry)[1:], both[:1]) <= TIGHT
+    assert relative_error(both[:1], model.forward(x, time, entry)) <= TIGHT
+    assert relative_error(both[1:], model.forward(x, time, nothing)) <= TIGHT
+    assert relative_error(model.forward(torch.cat([x, x]), time.expand(2), entry)[1:], both[:1]) <= TIGHT
     model.end_of_run()
 
 
@@ -122,7 +123,7 @@ def test_strength_zero_silences_the_words(given):
     loud = ConditioningEntry(embedding=given["text"], lyric_ids=given["lyric_ids"].flip(1), lyrics_strength=1.0)
 
     assert torch.equal(model.forward(x, time, words), model.forward(x, time, others))
-    assert distance(model.forward(x, time, loud), model.forward(x, time, others)) > 1e-3
+    assert relative_error(model.forward(x, time, loud), model.forward(x, time, others)) > 1e-3
     model.end_of_run()
 
 
@@ -176,7 +177,7 @@ def test_a_loud_waveform_is_turned_down_and_a_quiet_one_is_not(given):
 
     assert played.sample_rate_hz == 44_100
     assert played.waveform.shape == (1, 2, 4 * 4096)
-    assert distance(played.waveform[0], raw / max(1.0, float(5 * raw.std()))) <= TIGHT
+    assert relative_error(played.waveform[0], raw / max(1.0, float(5 * raw.std()))) <= TIGHT
 
 
 def test_the_published_sizes_make_the_published_model():

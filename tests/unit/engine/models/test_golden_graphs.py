@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -49,3 +51,23 @@ def test_a_picture_is_the_references_at_every_station(case, tmp_path):
     image = found["8"][0]
     assert relative_error(image[:1, :16], known["image.float_rows"]) <= 1e-5
     assert ((image * 255).to(torch.uint8).int() - known["image.uint8"].int()).abs().max() <= 1
+
+
+def test_a_song_is_the_references_at_every_station(tmp_path):
+    vocabulary = os.environ.get("COMFYFLEET_ACE_VOCAB")
+    if not vocabulary:
+        pytest.skip("the authors' lyric vocabulary is not here (COMFYFLEET_ACE_VOCAB)")
+    graph, known = facts("ace/t2m/graph"), tensors("ace/t2m/record")
+    models = tmp_path / "models"
+    (models / "tokenizers").mkdir(parents=True)
+    (models / "tokenizers" / "ace_step_lyrics_vocab.json").symlink_to(vocabulary)
+    (models / "checkpoints").symlink_to(MODELS / "checkpoints")
+
+    found = values_of(graph, folders_of(tmp_path, models), only=["VAEDecodeAudio"])
+
+    for side, node in (("positive", "14"), ("negative", "44")):
+        prompt = found[node][0][0]
+        assert prompt.lyric_ids.tolist() == known[f"lyric_ids.{side}"].tolist()
+        assert (prompt.embedding - known[f"text.{side}"]).norm() <= 1e-5 * known["text.positive"].norm()
+    assert relative_error(found["52"][0].samples, known["latent"]) <= 1e-5
+    assert relative_error(found["18"][0].waveform, known["waveform"]) <= 1e-5

@@ -1,6 +1,5 @@
 """TextEncodeAceStepAudio: declared as ComfyUI declares it, and clear about a vocabulary that is not there."""
 
-import json
 import os
 from types import SimpleNamespace
 
@@ -10,7 +9,8 @@ from comfyfleet.engine.models.ace_lyrics.tokenizer import VOCABULARY_FILE, Lyric
 from comfyfleet.engine.models.open_file import open_all_in_one
 from comfyfleet.engine.nodes.ace import NODES
 from comfyfleet.wire.errors import ModelFileUnusable
-from unit.engine.models.ace_goldens import CHECKPOINT, GOLDENS, parts, tensors
+from engine_ace import CHECKPOINT, parts
+from engine_goldens import facts, tensors
 
 
 def run_in(models_dir):
@@ -53,11 +53,11 @@ def test_the_provisioned_vocabulary_is_used(tmp_path):
     (tmp_path / VOCABULARY_FILE).symlink_to(given)
     _, clip, _ = open_all_in_one(str(CHECKPOINT), "cpu")
 
-    inputs = json.loads((GOLDENS / "ace" / "t2m" / "graph.json").read_text())["14"]["inputs"] | {"clip": clip}
+    inputs = facts("ace/t2m/graph")["14"]["inputs"] | {"clip": clip}
     ((entry,),) = NODES["TextEncodeAceStepAudio"].function(run_in(tmp_path), **inputs)
 
     assert entry.lyrics_strength == 0.99
-    assert entry.lyric_ids.tolist() == tensors("t2m")["lyric_ids.positive"].tolist()
+    assert entry.lyric_ids.tolist() == tensors("ace/t2m/record")["lyric_ids.positive"].tolist()
 
 
 def test_another_familys_text_encoder_is_refused(tmp_path):
