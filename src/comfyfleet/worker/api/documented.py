@@ -40,6 +40,15 @@ _INPUT = {
         "modifications": {"type": "object", "description": "Values of the template's parameters."},
         "s3": _S3,
         "webhook": _WEBHOOK,
+        "credentials": {
+            "type": "array",
+            "description": "Headers for input URLs at or below a prefix, and for no other host.",
+            "items": {
+                "type": "object",
+                "required": ["url_prefix"],
+                "properties": {"url_prefix": {"type": "string"}, "headers": {"type": "object"}},
+            },
+        },
         "return_outputs_as_base64": {"type": "boolean"},
         "deadline_s": {"type": "number", "minimum": 0, "description": "Stop the job after so many seconds."},
         "max_queue_wait_s": {"type": "number", "minimum": 0, "description": "Give up if it waits longer."},
