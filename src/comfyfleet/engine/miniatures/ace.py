@@ -131,23 +131,23 @@ def _autoencoder(weights: Weights) -> None:
     decoder.kernel("conv_out", CHANNELS, finest, 3, 3, gain=0.4)
     encoder.kernel("conv_in", finest, CHANNELS, 3, 3)
     encoder.kernel("conv_out", LATENTS, coarsest, 3, 3)
-    _attention_block(decoder.under(f"up_blocks.{last}.0."), coarsest)
-    _attention_block(encoder.under(f"down_blocks.{last}.0."), coarsest)
+    attention_block(decoder.under(f"up_blocks.{last}.0."), coarsest)
+    attention_block(encoder.under(f"down_blocks.{last}.0."), coarsest)
     for level in range(last):
         fine, coarse = LEVELS[level], LEVELS[level + 1]
         decoder.kernel(f"up_blocks.{level}.0.conv", fine, coarse, 3, 3, gain=0.3)
-        _residual_block(decoder.under(f"up_blocks.{level}.1."), fine)
-        _residual_block(encoder.under(f"down_blocks.{level}.0."), fine)
+        residual_block(decoder.under(f"up_blocks.{level}.1."), fine)
+        residual_block(encoder.under(f"down_blocks.{level}.0."), fine)
         encoder.kernel(f"down_blocks.{level}.1.conv", coarse, fine, 3, 3, gain=0.3)
 
 
-def _residual_block(weights: Weights, width: int) -> None:
+def residual_block(weights: Weights, width: int) -> None:
     weights.kernel("conv1", width, width, 3, 3)
     weights.kernel("conv2", width, width, 3, 3, bias=False)
     weights.norm("norm", width)
 
 
-def _attention_block(weights: Weights, width: int) -> None:
+def attention_block(weights: Weights, width: int) -> None:
     for part in ("to_q", "to_k", "to_v"):
         weights.kernel(f"attn.{part}", width, width, bias=False)
     weights.kernel("attn.to_qkv_multiscale.0.proj_in", 3 * width, 1, 5, 5, bias=False)
