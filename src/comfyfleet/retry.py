@@ -33,5 +33,7 @@ class Backoff:
 SHORT = Backoff(first_s=0.1, factor=2.0, cap_s=2.0, attempts=6)
 # An object store or a download: a minute in all.
 TRANSFER = Backoff(first_s=0.5, factor=2.0, cap_s=15.0, attempts=7)
+# A file that a job waits for: a stumble of its host, not an outage.
+FETCH = Backoff(first_s=0.5, factor=3.0, cap_s=5.0, attempts=3)
 # A webhook receiver that is down: about 24 hours in all (Standard Webhooks suggests this order of growth).
 HOURS = Backoff(first_s=5.0, factor=4.0, cap_s=6 * 3600.0, attempts=10)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 
-from comfyfleet.wire.errors import InputRefused
+from comfyfleet.wire.errors import InputRefused, InputUnavailable
 
 _PIECE = 256 * 1024
 
@@ -43,3 +43,8 @@ class Decoder:
                 data = self._inflate.unconsumed_tail
         except zlib.error as problem:
             raise InputRefused("the body is not what its content encoding says", reason="content_encoding") from problem
+
+    def finish(self) -> None:
+        """The body is over. Raises InputUnavailable for a compressed stream that is not."""
+        if self._inflate is not None and not self._inflate.eof:
+            raise InputUnavailable("the file broke off", reason="connection")

@@ -213,6 +213,7 @@ class GuardedFetcher:
                 if len(pending) >= _WRITE_BYTES:
                     await _write(into, bytes(pending))
                     pending.clear()
+        decoder.finish()
         if pending:
             await _write(into, bytes(pending))
         return Fetched(

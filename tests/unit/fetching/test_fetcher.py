@@ -239,6 +239,7 @@ def test_what_was_packed_is_unpacked_whatever_the_pieces(plain: bytes, cuts: lis
     edges = [0, *sorted(min(cut, len(packed)) for cut in cuts), len(packed)]
     out = b"".join(piece for start, end in itertools.pairwise(edges) for piece in decoder.feed(packed[start:end]))
 
+    decoder.finish()
     assert out == plain
 
 

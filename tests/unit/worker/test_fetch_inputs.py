@@ -11,11 +11,13 @@ from pathlib import Path
 import anyio
 import pytest
 from aiohttp import web
+from anyio.lowlevel import checkpoint
 from PIL import Image
 
 from comfyfleet.clock import SystemClock
 from comfyfleet.fetching.addresses import AddressRules
 from comfyfleet.fetching.fetcher import GuardedFetcher
+from comfyfleet.ids import SeededIds
 from comfyfleet.storage.s3 import S3Storages
 from comfyfleet.testing.clock import FakeClock
 from comfyfleet.wire.errors import FleetError, InputRefused, InputUnavailable, WorkflowRefused
@@ -25,6 +27,13 @@ from comfyfleet.worker.stages.fetch_inputs import FetchInputs
 from comfyfleet.worker.stages.input_store import KEEP_S, InputStore, evictable
 
 pytestmark = pytest.mark.anyio
+
+
+class QuickClock(SystemClock):
+    """Waits between attempts are no test's concern."""
+
+    async def sleep(self, seconds: float) -> None:
+        await checkpoint()
 
 
 def a_picture(colour: str = "teal", size: tuple[int, int] = (8, 8)) -> bytes:
@@ -63,7 +72,9 @@ async def a_stage(folder: Path, *allowed: str, max_bytes: int = 1_000_000):
     async with GuardedFetcher(AddressRules.parse(allowed or ("127.0.0.1",)), clock) as fetcher:
         destinations = Destinations(None, S3Storages(clock), fetcher, tunnel_url="")
         store = InputStore(folder, clock, max_bytes=max_bytes)
-        yield FetchInputs(fetcher, store, destinations, max_bytes=max_bytes, timeout_s=10)
+        yield FetchInputs(
+            fetcher, store, destinations, max_bytes=max_bytes, timeout_s=10, clock=QuickClock(), ids=SeededIds(1)
+        )
 
 
 def a_graph(*values, node: str = "LoadImage", name: str = "image") -> dict:
@@ -194,6 +205,23 @@ async def test_sound_may_come_in_a_film_and_a_latent_is_any_file(tmp_path: Path)
     assert names(latent.graph)[0].endswith(".latent")
 
 
+@pytest.mark.parametrize(("status", "asked"), [(503, 3), (429, 3), (404, 1), (403, 1)])
+async def test_a_stumbling_host_is_asked_again_and_one_that_says_no_is_not(
+    tmp_path: Path, status: int, asked: int
+) -> None:
+    async def stumble(request: web.Request) -> web.Response:
+        return web.Response(body=a_picture()) if len(hits) == 3 else web.Response(status=status)
+
+    async with a_site({"/a": stumble}) as (url, hits), a_stage(tmp_path) as stage:
+        if asked == 3:
+            await stage.run(a_graph(f"{url}/a"), GenerateInput())
+        else:
+            with pytest.raises(InputUnavailable):
+                await stage.run(a_graph(f"{url}/a"), GenerateInput())
+
+    assert len(hits) == asked
+
+
 async def test_one_failing_input_stops_the_others(tmp_path: Path) -> None:
     never = anyio.Event()
 
@@ -217,3 +245,6 @@ def test_the_oldest_files_go_first_and_none_that_may_be_in_use(clock: FakeClock)
     assert evictable(files, 200, clock.now()) == []
     assert evictable(files, 130, clock.now()) == ["old"]
     assert evictable(files, 10, clock.now()) == ["old", "newer"]
+    assert evictable([(old, 1, "/in/.part-dead"), (clock.now(), 1, "/in/.part-alive")], 200, clock.now()) == [
+        "/in/.part-dead"
+    ]

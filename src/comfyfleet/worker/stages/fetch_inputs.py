@@ -21,9 +21,12 @@ import anyio
 import anyio.to_thread
 from PIL import Image
 
+from comfyfleet.clock import Clock
 from comfyfleet.fetching.fetcher import Credential, FetchLimits, GuardedFetcher
+from comfyfleet.ids import Ids
+from comfyfleet.retry import FETCH
 from comfyfleet.storage.base import StorageFailed
-from comfyfleet.wire.errors import FleetError, WorkflowRefused, room_on_disk
+from comfyfleet.wire.errors import FleetError, InputUnavailable, WorkflowRefused, room_on_disk
 from comfyfleet.wire.generation import GenerateInput
 from comfyfleet.wire.workflow import Graph
 from comfyfleet.worker.stages.destinations import Destinations
@@ -80,11 +83,15 @@ class FetchInputs:
         *,
         max_bytes: int,
         timeout_s: float,
+        clock: Clock,
+        ids: Ids,
     ) -> None:
         self._fetcher = fetcher
         self._store = store
         self._destinations = destinations
         self._limits = FetchLimits(max_bytes=max_bytes, total_s=timeout_s)
+        self._clock = clock
+        self._ids = ids
         self._slots = anyio.CapacityLimiter(_AT_ONCE)
         self._seen: OrderedDict[tuple[str, str], tuple[str, str]] = OrderedDict()
 
@@ -127,11 +134,22 @@ class FetchInputs:
     async def _fetch(self, reference: FileReference, request: GenerateInput) -> InputFile:
         with room_on_disk():
             if reference.url:
-                file = await self._download(reference, request)
+                file = await self._download_patiently(reference, request)
             else:
                 file = await anyio.to_thread.run_sync(partial(self._decode, reference))
         await anyio.to_thread.run_sync(_check_kind, file, reference)
         return file
+
+    async def _download_patiently(self, reference: FileReference, request: GenerateInput) -> InputFile:
+        """A stumbling host is asked again; one that says no is not."""
+        for wait_s in FETCH.delays(self._ids):
+            try:
+                return await self._download(reference, request)
+            except InputUnavailable as problem:
+                if not _may_recover(problem):
+                    raise
+            await self._clock.sleep(wait_s)
+        return await self._download(reference, request)
 
     async def _download(self, reference: FileReference, request: GenerateInput) -> InputFile:
         url, credentials = (
@@ -205,6 +223,11 @@ class FetchInputs:
             return self._store.keep(draft, sha256=hashlib.sha256(plain).hexdigest(), suffix=suffix)
         finally:
             self._store.drop(draft)
+
+
+def _may_recover(problem: InputUnavailable) -> bool:
+    status = problem.details.get("status")
+    return problem.details.get("reason") == "connection" or (status is not None and (status >= 500 or status == 429))
 
 
 def credentials_seen(credentials: list[Credential]) -> list[tuple[str, list[tuple[str, str]]]]:

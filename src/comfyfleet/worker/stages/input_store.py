@@ -17,6 +17,7 @@ from typing import BinaryIO
 from comfyfleet.clock import Clock
 
 FOLDER = "comfyfleet"
+DRAFT = ".part-"
 KEEP_S = 6 * 3600.0
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,12}")
 
@@ -42,7 +43,7 @@ class InputStore:
     def draft(self) -> tuple[BinaryIO, Path]:
         """An open file to write into; give it to `keep` or `drop`."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self._folder, prefix=".part-")
+        handle, name = tempfile.mkstemp(dir=self._folder, prefix=DRAFT)
         return os.fdopen(handle, "w+b"), Path(name)
 
     def keep(self, draft: Path, *, sha256: str, suffix: str) -> InputFile:
@@ -88,12 +89,17 @@ class InputStore:
 
 
 def evictable(entries: list[tuple[float, int, str]], max_bytes: int, now: float) -> list[str]:
-    """Of (last used, size, path): the oldest ones to drop so that the rest fits, none of them used within KEEP_S."""
+    """Of (last used, size, path): the oldest ones to drop so that the rest fits, none of them used within KEEP_S.
+
+    Drafts of that age belong to a process that died, and go in any case.
+    """
     total = sum(size for _, size, _ in entries)
     gone = []
     for used_at, size, path in sorted(entries):
-        if total <= max_bytes or now - used_at < KEEP_S:
+        if now - used_at < KEEP_S:
             break
+        if total <= max_bytes and not os.path.basename(path).startswith(DRAFT):
+            continue
         gone.append(path)
         total -= size
     return gone

@@ -96,6 +96,8 @@ async def open_kit(
                     destinations,
                     max_bytes=fetch.input_max_bytes,
                     timeout_s=fetch.input_timeout_s,
+                    clock=clock,
+                    ids=ids,
                 ),
                 store_outputs=StoreOutputs(
                     local,
