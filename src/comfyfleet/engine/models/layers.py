@@ -124,9 +124,10 @@ HOPPER = (9, 0)
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def _fastest_backends(q: Tensor) -> AbstractContextManager[None]:
-    is_half = q.dtype in (torch.float16, torch.bfloat16)
-    if q.is_cuda and is_half and torch.cuda.get_device_capability(q.device) >= HOPPER:
+def fastest_attention(device: str, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """The order of attention kernels for a network's call; entered outside of what is compiled."""
+    is_half = dtype in (torch.float16, torch.bfloat16)
+    if device.startswith("cuda") and is_half and torch.cuda.get_device_capability(device) >= HOPPER:
         return sdpa_kernel(BACKENDS, set_priority=True)
     return nullcontext()
 
@@ -135,6 +136,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None =
     """softmax(q k^T / sqrt(d) + mask) v by PyTorch's SDPA. q: (B, n, heads d); k, v: (B, m, heads d) -> q's shape."""
     batch = q.shape[0]
     q, k, v = (each.view(batch, -1, heads, each.shape[-1] // heads).transpose(1, 2) for each in (q, k, v))
-    with _fastest_backends(q):
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return mixed.transpose(1, 2).reshape(batch, -1, heads * mixed.shape[-1])

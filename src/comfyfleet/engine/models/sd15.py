@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comfyfleet.engine.models.checkpoint import Checkpoint
-from comfyfleet.engine.models.layers import Conv, GroupNorm, LayerNorm, Linear, attention
+from comfyfleet.engine.models.layers import Conv, GroupNorm, LayerNorm, Linear, attention, fastest_attention
 from comfyfleet.engine.models.lora import Patches, module_names
 from comfyfleet.engine.models.residency import Precision, Resident, Source
 from comfyfleet.engine.models.sd15_names import diffusers_modules
@@ -245,7 +245,8 @@ class UnetNetwork(Resident[Unet]):
             name: (expand(keys, batch), expand(values, batch))
             for name, (keys, values) in self._texts[id(embedding)][1].items()
         }
-        epsilon = network(x.to(self.device, self.dtype), timestep.to(self.device).expand(batch), texts)
+        with fastest_attention(self.device, self.dtype):
+            epsilon = network(x.to(self.device, self.dtype), timestep.to(self.device).expand(batch), texts)
         return epsilon.float().to(x.device)
 
     def end_of_run(self) -> None:

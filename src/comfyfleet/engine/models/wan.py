@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comfyfleet.engine.models.checkpoint import Checkpoint
-from comfyfleet.engine.models.layers import Conv, LayerNorm, Linear, RMSNorm, attention, empty
+from comfyfleet.engine.models.layers import Conv, LayerNorm, Linear, RMSNorm, attention, empty, fastest_attention
 from comfyfleet.engine.models.lora import Patches, module_names
 from comfyfleet.engine.models.residency import Precision, Resident, Source
 from comfyfleet.engine.values import ConditioningEntry
@@ -245,7 +245,8 @@ class WanNetwork(Resident[WanTransformer]):
         texts = self._read(network, conditioning.embedding)
         moved, batch = x.to(self.device, self.dtype), x.shape[0]
         texts = [(expand(keys, batch), expand(values, batch)) for keys, values in texts]
-        velocity = network(moved, timestep.to(self.device).expand(batch), texts)
+        with fastest_attention(self.device, self.dtype):
+            velocity = network(moved, timestep.to(self.device).expand(batch), texts)
         return velocity.float().to(x.device)
 
     def _read(self, network: WanTransformer, embedding: Tensor) -> list[tuple[Tensor, Tensor]]:
