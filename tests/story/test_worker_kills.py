@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 
+import aiohttp
 import anyio
 import pytest
 
@@ -33,7 +34,7 @@ async def hunt(tmp_path, *, jobs, kills, seed, job_s):
                         status, _ = await worker.generate(graph, path="/generate", request_id=f"hunt-{number}")
                         assert status in (200, 202)
                         return
-                    except OSError:
+                    except (OSError, aiohttp.ClientError):
                         await anyio.sleep(0.1)
                 raise AssertionError("the worker did not come back")
 

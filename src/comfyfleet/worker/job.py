@@ -126,7 +126,7 @@ class Job:
     watch: PromptWatch | None = None
     done: anyio.Event = field(default_factory=anyio.Event)
     finished: Finished | None = None
-    scope_of_run: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    scope_of_run: anyio.CancelScope | None = None  # while its task is at it
     stopped_by: FleetError | None = None
     callers: int = 0  # connections that wait for the end
     abandonable: bool = True  # nobody but those callers wants it
@@ -150,7 +150,8 @@ class Job:
         """Ask the run to end with `reason`; the first reason stays."""
         if self.stopped_by is None and self.finished is None:
             self.stopped_by = reason
-            self.scope_of_run.cancel()
+            if self.scope_of_run is not None:
+                self.scope_of_run.cancel()
 
     def deadline_at(self) -> float | None:
         return self.accepted_at + self.request.deadline_s if self.request.deadline_s > 0 else None

@@ -88,7 +88,9 @@ class Pipeline:
         outputs: list[OutputEntry] = []
         error: FleetError | None = None
         try:
-            with job.scope_of_run:
+            with anyio.CancelScope() as job.scope_of_run:
+                if job.stopped_by is not None:
+                    raise job.stopped_by
                 job.advance(RunStatus.PROCESSING, self._clock.now())
                 if not graph:
                     raise JobFailed("the workflow is gone")
