@@ -28,7 +28,7 @@ from comfyfleet.worker.engines.faults import Fault, FaultClass, FaultKind, Remed
 from comfyfleet.worker.engines.learned import Durations
 from comfyfleet.worker.engines.pool import EnginePool, EngineSlot
 from comfyfleet.worker.engines.reach import place_inputs
-from comfyfleet.worker.engines.watch import PromptWatch
+from comfyfleet.worker.engines.watch import PromptWatch, SilenceLimits
 from comfyfleet.worker.job import Finished, Job
 from comfyfleet.worker.journal import Journal
 from comfyfleet.worker.stages.execute import RunEnd, adopt, execute, withdraw
@@ -122,7 +122,7 @@ class Pipeline:
         avoid: frozenset[str] = frozenset()
         sent = with_nonce(graph, job.prompt_id) if job.request.force else graph
         while True:
-            watch = job.watch = PromptWatch(job.prompt_id, clock=self._clock, told=self._teller(job, graph))
+            watch = job.watch = self._watch(job, graph)
             slot, end = await self._one_run(job, sent, watch, avoid, adopted)
             adopted = None
             fault = end.fault
@@ -230,6 +230,13 @@ class Pipeline:
         now = self._clock.now()
         job.advance(RunStatus.QUEUED, now, message=f"Again: {fault.message}.")
         job.advance(RunStatus.PROCESSING, now)
+
+    def _watch(self, job: Job, graph: Graph) -> PromptWatch:
+        def node_s(node_id: str) -> float:
+            return self._durations.silence_limit_s(graph[node_id]["class_type"] if node_id in graph else "")
+
+        limits = SilenceLimits(node_s=node_s, run_s=self._durations.run_limit_s(job.shape))
+        return PromptWatch(job.prompt_id, clock=self._clock, told=self._teller(job, graph), limits=limits)
 
     def _teller(self, job: Job, graph: Graph) -> Callable[[PromptWatch], None]:
         """Turns what a watch hears into lines of the job's log, at most ten a second."""

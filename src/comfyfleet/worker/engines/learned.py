@@ -66,6 +66,13 @@ class Durations:
             return UNKNOWN_NODE_LIMIT_S
         return max(NODE_LIMIT_FLOOR_S, NODE_LIMIT_FACTOR * found.longest_s)
 
+    def run_limit_s(self, shape: str) -> float:
+        """How long a whole run of this shape may take when none of its events is heard."""
+        found = self._shapes.get(shape)
+        if found is None:
+            return UNKNOWN_NODE_LIMIT_S
+        return max(NODE_LIMIT_FLOOR_S, NODE_LIMIT_FACTOR * found.longest_s)
+
     def dump(self) -> bytes:
         return msgspec.json.encode({"shapes": self._shapes, "nodes": self._nodes})
 

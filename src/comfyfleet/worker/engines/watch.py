@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -10,6 +11,16 @@ import anyio
 from comfyfleet.clock import Clock
 from comfyfleet.worker.engines.client import EngineEvent
 from comfyfleet.worker.engines.faults import FaultKind
+from comfyfleet.worker.engines.vitals import is_stalled
+
+
+@dataclass(frozen=True, kw_only=True)
+class SilenceLimits:
+    """How long may pass without a word: node_s for the node at work, run_s for all of it."""
+
+    node_s: Callable[[str], float]
+    run_s: float
+
 
 _ENDS = frozenset({"execution_success", "execution_error", "execution_interrupted"})
 MAX_UPDATES = 10_000
@@ -18,8 +29,17 @@ MAX_UPDATES = 10_000
 class PromptWatch:
     """Follows one prompt in one engine. `told` is called after each event that a reader of progress may care about."""
 
-    def __init__(self, prompt_id: str, *, clock: Clock, told: Callable[[PromptWatch], None] | None = None) -> None:
+    def __init__(
+        self,
+        prompt_id: str,
+        *,
+        clock: Clock,
+        told: Callable[[PromptWatch], None] | None = None,
+        limits: SilenceLimits | None = None,
+    ) -> None:
         self.prompt_id = prompt_id
+        self.client_id = ""  # of the socket it was submitted under; another one hears nothing of it
+        self._limits = limits
         self._clock = clock
         self._told = told
         self.started_at: float | None = None
@@ -60,6 +80,15 @@ class PromptWatch:
         """The engine is gone; the prompt with it."""
         self.lost = kind
         self.hint.set()
+
+    def is_stalled(self, client_id: str) -> bool:
+        """Silent for longer than the node at work ever was (or the whole run, where its events go unheard)."""
+        if self._limits is None or self.started_at is None:
+            return False
+        now = self._clock.monotonic()
+        if self.client_id != client_id or self.node is None:
+            return is_stalled(now - self.started_at, self._limits.run_s)
+        return is_stalled(now - self.last_heard, self._limits.node_s(self.node))
 
     def details(self, *, completed: bool, error: str | None) -> dict[str, Any]:
         """The documents' `execution_details`."""

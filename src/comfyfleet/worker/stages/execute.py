@@ -37,6 +37,7 @@ async def execute(slot: EngineSlot, graph: Graph, watch: PromptWatch, *, clock: 
     """Submit and follow. Raises WorkflowRefused. A cancelled scope leaves the prompt to `withdraw`."""
     slot.watches[watch.prompt_id] = watch
     slot.client.listen(watch.prompt_id, watch.hear)
+    watch.client_id = slot.client.client_id
     try:
         try:
             await slot.client.submit(graph, watch.prompt_id)
@@ -73,6 +74,10 @@ async def follow(slot: EngineSlot, watch: PromptWatch, *, clock: Clock, first_po
                 return read_end(entry)
             if await is_lost(slot.client, watch.prompt_id):
                 watch.lose(FaultKind.ENGINE_LOST)
+                return _lost(slot, watch)
+            if not slot.owned and watch.is_stalled(slot.client.client_id):
+                # Our own engines' processes are watched (`engines.vitals`); of a foreign one we see only silence.
+                watch.lose(FaultKind.WORKER_THREAD_DEAD)
                 return _lost(slot, watch)
         except EngineGone:
             # Its supervisor tells when the process is gone; a foreign engine may come back and still have it.
