@@ -15,6 +15,7 @@ FleetError
 │   ├── InputRefused · a file, address or URL that we do not take
 │   ├── InputUnavailable · a file that its host did not give us
 │   ├── IdempotencyMismatch · the same id with another body
+│   ├── ProvisionFailed · a model, package or script that a worker needs could not be had
 │   └── JobFailed · the job ran and failed by its own fault
 ├── TooManyRequests 429
 ├── JobCancelled 499
@@ -134,6 +135,12 @@ class IdempotencyMismatch(Unprocessable):
     """This id was used before with another body."""
 
     code = "idempotency_mismatch"
+
+
+class ProvisionFailed(Unprocessable):
+    """Something a worker needs on disk could not be had; details name file, source and reason."""
+
+    code = "provision_failed"
 
 
 class JobFailed(Unprocessable):
