@@ -1,7 +1,7 @@
 """Results by signature, bounded in bytes, least recently used first out; kept across prompts.
 
-Weights are shared: two results that hold the same network (one patched, one not) cost its bytes once. A result that
-shows files is only given back while those files are what they were.
+Memory is shared: results that hold the same network, or the same frames as pictures and as a film, cost it once. A
+result that shows files is only given back while those files are what they were.
 """
 
 from __future__ import annotations
@@ -46,13 +46,22 @@ class Result:
     files: tuple[FileState, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Holding:
+    """What a result keeps in memory. `shared` are storages and weights by name: other results may hold them too."""
+
+    own_bytes: int
+    shared: dict[str, int]
+    has_weights: bool
+
+
 class ResultCache:
     """Use from one thread. `limit_bytes` bounds what is kept, not what one result may take."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._results: OrderedDict[str, tuple[Result, int, tuple[tuple[str, int], ...]]] = OrderedDict()
-        self._holders: Counter[str] = Counter()  # how many results hold the weights of this key
+        self._results: OrderedDict[str, tuple[Result, Holding]] = OrderedDict()
+        self._holders: Counter[str] = Counter()  # how many results hold the shared thing of this name
         self.size_bytes = 0
 
     def __len__(self) -> int:
@@ -76,16 +85,13 @@ class ResultCache:
             return
         if signature in self._results:
             self._drop(signature)
-        own_bytes, weights = measure(result.outputs)
-        own_bytes += ENTRY_BYTES
-        if own_bytes + sum(size for key, size in weights if key not in self._holders) > self._limit_bytes:
+        holding = measure(result.outputs)
+        added = holding.own_bytes + sum(size for name, size in holding.shared.items() if name not in self._holders)
+        if added > self._limit_bytes:
             return  # it would push everything else out and still not fit
-        self._results[signature] = (result, own_bytes, weights)
-        self.size_bytes += own_bytes
-        for key, weight_bytes in weights:
-            self._holders[key] += 1
-            if self._holders[key] == 1:
-                self.size_bytes += weight_bytes
+        self._results[signature] = (result, holding)
+        self._holders.update(holding.shared.keys())
+        self.size_bytes += added
         while self.size_bytes > self._limit_bytes:
             self._drop(next(iter(self._results)))
 
@@ -96,31 +102,33 @@ class ResultCache:
 
     def drop_holding_weights(self) -> None:
         """Forget every result that holds a model, so its memory can go."""
-        for signature in [name for name, (_, _, weights) in self._results.items() if weights]:
+        for signature in [name for name, (_, holding) in self._results.items() if holding.has_weights]:
             self._drop(signature)
 
     def _drop(self, signature: str) -> None:
-        _, own_bytes, weights = self._results.pop(signature)
-        self.size_bytes -= own_bytes
-        for key, weight_bytes in weights:
-            self._holders[key] -= 1
-            if self._holders[key] == 0:
-                del self._holders[key]
-                self.size_bytes -= weight_bytes
+        _, holding = self._results.pop(signature)
+        self.size_bytes -= holding.own_bytes
+        for name, size in holding.shared.items():
+            self._holders[name] -= 1
+            if self._holders[name] == 0:
+                del self._holders[name]
+                self.size_bytes -= size
 
 
-def measure(value: Any) -> tuple[int, tuple[tuple[str, int], ...]]:
-    """(bytes of tensors and texts, ((key, bytes) of each set of weights)) held by a value."""
-    own_bytes = 0
-    weights: dict[str, int] = {}
+def measure(value: Any) -> Holding:
+    """What a value holds: its texts, the storages of its tensors (a view holds the whole), its models' weights."""
+    own_bytes, has_weights = ENTRY_BYTES, False
+    shared: dict[str, int] = {}
     for part in _parts(value):
-        if isinstance(part, str | bytes):
+        if isinstance(part, (str, bytes)):
             own_bytes += len(part)
-        elif hasattr(part, "element_size"):
-            own_bytes += part.element_size() * part.nelement()
+        elif hasattr(part, "untyped_storage"):
+            storage = part.untyped_storage()
+            shared[f"storage {storage.data_ptr()}"] = storage.nbytes()
         elif hasattr(part, "size_bytes"):
-            weights[str(getattr(part, "key", id(part)))] = int(part.size_bytes)
-    return own_bytes, tuple(weights.items())
+            shared[f"weights {getattr(part, 'key', id(part))}"] = int(part.size_bytes)
+            has_weights = True
+    return Holding(own_bytes=own_bytes, shared=shared, has_weights=has_weights)
 
 
 _WEIGHTLESS = (int, float, type(None))

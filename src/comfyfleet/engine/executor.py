@@ -28,7 +28,7 @@ from comfyfleet.engine.registry import (
     OutputName,
     Shown,
 )
-from comfyfleet.engine.signature import signatures
+from comfyfleet.engine.signature import links_of, signatures
 from comfyfleet.engine.values import DiffusionModel
 from comfyfleet.wire.workflow import is_link
 
@@ -68,7 +68,10 @@ class Executor:
 
     def run(self, job: Job, emit: events.Emit, is_stopped: Callable[[], bool]) -> events.RunOutcome:
         """Run the job's outputs. `is_stopped` is asked before each node and at each step."""
-        return _Run(self, job, emit, is_stopped).execute()
+        try:
+            return _Run(self, job, emit, is_stopped).execute()
+        finally:
+            self.folders.discard_unfinished()
 
     def free(self, *, unload_models: bool, drop_results: bool) -> None:
         """Give memory back between prompts."""
@@ -95,8 +98,7 @@ class _Run:
         self._values: dict[str, tuple[Any, ...]] = {}  # their outputs, for as long as a node waits for them
         self._shown: dict[str, events.Ui] = {}
         self._sources = {
-            node_id: [value[0] for value in node["inputs"].values() if is_link(value)]
-            for node_id, node in job.graph.items()
+            node_id: links_of(node, self._declaration(node["class_type"])) for node_id, node in job.graph.items()
         }
         self._written: list[FileState] = []
         self._waiting_users: Counter[str] = Counter()
@@ -109,10 +111,13 @@ class _Run:
     # What a node may ask
 
     def progress(self, value: int, maximum: int, preview: Callable[[], Any] | None = None) -> None:
-        if self._is_stopped():
-            raise Interrupted
+        self.check_stop()
         image = preview_jpeg(preview()) if preview is not None and self._job.wants_previews else None
         self._emit(events.NodeProgress(node=self.node_id, value=value, maximum=maximum, preview=image))
+
+    def check_stop(self) -> None:
+        if self._is_stopped():
+            raise Interrupted
 
     def commit(self, output: OutputName) -> None:
         self.folders.commit(output)
@@ -159,8 +164,7 @@ class _Run:
         class_type = self._job.graph[node_id]["class_type"]
         inputs: dict[str, Any] = {}
         try:
-            if self._is_stopped():
-                raise Interrupted
+            self.check_stop()
             inputs = self._inputs(node_id)
             result = self._call(class_type, inputs)
         except Interrupted:

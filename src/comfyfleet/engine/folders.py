@@ -72,6 +72,7 @@ class EngineFolders:
         self._temp_suffix = "_temp_" + "".join(LETTERS[ids.random_int() % len(LETTERS)] for _ in range(5))
         self._digests: dict[str, str] = {}
         self._staged = 0
+        self._unfinished: set[str] = set()
         for folder in (paths.input, paths.output, paths.temp):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -175,8 +176,10 @@ class EngineFolders:
         staging = root / STAGING
         staging.mkdir(exist_ok=True)
         self._staged += 1
+        staging_path = str(staging / f"{os.getpid()}-{self._staged}.{extension}")
+        self._unfinished.add(staging_path)
         return OutputName(
-            staging_path=str(staging / f"{os.getpid()}-{self._staged}.{extension}"),
+            staging_path=staging_path,
             path=str(folder / filename),
             filename=filename,
             subfolder=subfolder,
@@ -186,6 +189,13 @@ class EngineFolders:
     def commit(self, output: OutputName) -> None:
         """Give a finished staging file its final name, atomically."""
         os.replace(output.staging_path, output.path)
+        self._unfinished.discard(output.staging_path)
+
+    def discard_unfinished(self) -> None:
+        """Remove what a failed or stopped node left half written."""
+        for path in self._unfinished:
+            Path(path).unlink(missing_ok=True)
+        self._unfinished.clear()
 
 
 def _names_below(root: Path, extensions: set[str]) -> Iterator[str]:

@@ -10,6 +10,7 @@ import weakref
 from typing import Any, Protocol, runtime_checkable
 
 import psutil
+import torch
 
 OFFLOAD_DEVICE = "cpu"
 
@@ -58,6 +59,8 @@ class Residency:
         for key, model in self._living():
             model.move_to(OFFLOAD_DEVICE)
             del self._resident[key]
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
 
     def _living(self) -> list[tuple[int, Any]]:
         living = [(key, reference()) for key, reference in self._resident.items()]

@@ -96,6 +96,10 @@ class NodeRun(Protocol):
         """Tell a step; raises Interrupted when the run was stopped. `preview` makes a small IMAGE if one is wanted."""
         ...
 
+    def check_stop(self) -> None:
+        """Raises Interrupted when the run was stopped; for long work that tells no steps."""
+        ...
+
     def commit(self, output: OutputName) -> None:
         """Give a finished staging file its final name, atomically."""
         ...

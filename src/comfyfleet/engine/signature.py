@@ -35,7 +35,7 @@ def signatures(
             if node_id in found or node_id in hopeless:
                 stack.pop()
                 continue
-            sources = [value[0] for value in graph[node_id]["inputs"].values() if is_link(value)]
+            sources = links_of(graph[node_id], declarations(graph[node_id]["class_type"]))
             waiting = [source for source in sources if source not in found]
             if node_id in entered or not waiting:
                 # Visited twice and still waiting: what it waits for is missing, hopeless, or itself on this path.
@@ -52,6 +52,15 @@ def signatures(
                 continue
             stack.extend(waiting)
     return found
+
+
+def links_of(node: Mapping[str, Any], declaration: Declaration | None) -> list[str]:
+    """The nodes that a node takes from, in the order of its inputs; only through inputs that it has."""
+    return [
+        value[0]
+        for name, value in node["inputs"].items()
+        if is_link(value) and (declaration is None or name in declaration.inputs)
+    ]
 
 
 def _signature(

@@ -66,10 +66,21 @@ def test_what_a_value_holds_is_measured_through_its_parts() -> None:
     latent = Latent(samples=torch.zeros(10), noise_mask=torch.zeros(5))
     audio = Audio(waveform=torch.zeros(2, 3), sample_rate_hz=1)
 
-    own_bytes, weights = measure((latent, [audio], {"text": "abc"}, Weights("w", 7)))
+    holding = measure((latent, [audio], {"text": "abc"}, Weights("w", 7)))
 
-    assert own_bytes == 4 * (10 + 5 + 6) + 3
-    assert weights == (("w", 7),)
+    assert holding.own_bytes == 3 + ENTRY_BYTES
+    assert sum(holding.shared.values()) == 4 * (10 + 5 + 6) + 7
+    assert holding.shared["weights w"] == 7
+    assert holding.has_weights
+
+
+def test_the_same_frames_as_pictures_and_as_a_film_count_once() -> None:
+    frames = torch.zeros(1000, dtype=torch.uint8)
+    cache = ResultCache(1 << 20)
+    cache.put("pictures", Result(outputs=(frames,)))
+    cache.put("film", Result(outputs=(Latent(samples=frames[:10]),)))
+
+    assert cache.size_bytes == 1000 + 2 * ENTRY_BYTES
 
 
 @given(steps=st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 4000)), max_size=40))

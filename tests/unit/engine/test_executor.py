@@ -136,12 +136,13 @@ def test_only_what_a_change_touches_runs_again(world: EngineWorld) -> None:
     assert world.ran() == ["2", "3", "4"]
 
 
-def test_an_input_the_node_does_not_have_changes_nothing(world: EngineWorld) -> None:
+def test_an_input_the_node_does_not_have_makes_it_another_result_and_leads_nowhere(world: EngineWorld) -> None:
     world.run(SUM)
 
-    world.run(SUM | {"1": node("Number", value=2, audioUI="x")})
+    outcome = world.run(SUM | {"1": node("Number", value=2, audioUI="x", other=["not there", 0])})
 
-    assert world.ran() == []
+    assert world.ran() == ["1", "2", "3"]
+    assert outcome.status == "success"
 
 
 def test_a_failure_names_its_node_and_input_and_good_branches_keep_theirs(world: EngineWorld) -> None:
@@ -339,3 +340,23 @@ def test_previews_are_made_only_when_somebody_looks(world: EngineWorld) -> None:
     world.executor.run(replace(_job(graph, ["2"]), wants_previews=True), told.append, lambda: False)
     (step,) = [event for event in told if isinstance(event, NodeProgress)]
     assert step.preview.startswith(b"\xff\xd8\xff")
+
+
+def test_a_stop_while_a_film_is_encoded_leaves_nothing_half_written(tmp_path: Path) -> None:
+    world = EngineWorld(tmp_path)
+    asked: list[int] = []
+
+    def stop_after_a_while() -> bool:
+        asked.append(1)
+        return len(asked) > 20
+
+    graph = {
+        "1": node("EmptyImage", width=32, height=32, batch_size=60, color=1),
+        "2": node("CreateVideo", images=["1", 0], fps=16.0),
+        "3": node("SaveVideo", video=["2", 0], filename_prefix="film", format="auto", codec="auto"),
+    }
+    outcome = world.executor.run(_job(graph, ["3"]), world.events.append, stop_after_a_while)
+
+    assert outcome.status == "interrupted"
+    assert len(asked) == 21, "it stopped before the next frame"
+    assert world.output_files() == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 import av
@@ -20,7 +20,11 @@ def frame_rate(fps: float | Fraction) -> Fraction:
     return Fraction(round(fps * 1000), 1000)
 
 
-def save_mp4(path: str, video: Video, texts: Mapping[str, str]) -> None:
+def keep_going() -> None:
+    """What is done before each frame when nobody may stop the encoding."""
+
+
+def save_mp4(path: str, video: Video, texts: Mapping[str, str], before_frame: Callable[[], None] = keep_going) -> None:
     """H.264 yuv420p, AAC when there is sound; texts as container tags. Raises for odd sizes, as x264 does."""
     rate = frame_rate(video.fps)
     with av.open(path, mode="w", format="mp4", options={"movflags": "use_metadata_tags"}) as container:
@@ -30,14 +34,23 @@ def save_mp4(path: str, video: Video, texts: Mapping[str, str]) -> None:
         stream.height, stream.width = video.frames.shape[1], video.frames.shape[2]
         stream.pix_fmt = "yuv420p"
         sound = container.add_stream("aac", rate=video.audio.sample_rate_hz) if video.audio is not None else None
-        _encode_frames(container, stream, video.frames, "yuv420p")
+        _encode_frames(container, stream, video.frames, "yuv420p", before_frame)
         if sound is not None and video.audio is not None:
             _encode_sound(
                 container, sound, video.audio, math.ceil(video.audio.sample_rate_hz / rate * len(video.frames))
             )
 
 
-def save_webm(path: str, frames: Tensor, *, codec: str, fps: float, crf: float, texts: Mapping[str, str]) -> None:
+def save_webm(
+    path: str,
+    frames: Tensor,
+    *,
+    codec: str,
+    fps: float,
+    crf: float,
+    texts: Mapping[str, str],
+    before_frame: Callable[[], None] = keep_going,
+) -> None:
     encoder, pixel_format = WEBM_CODECS[codec]
     options = {"crf": str(crf)} | ({"preset": "6"} if codec == "av1" else {})
     with av.open(path, mode="w", format="webm") as container:
@@ -48,11 +61,18 @@ def save_webm(path: str, frames: Tensor, *, codec: str, fps: float, crf: float, 
         stream.pix_fmt = pixel_format
         stream.bit_rate = 0
         stream.options = options
-        _encode_frames(container, stream, frames, pixel_format)
+        _encode_frames(container, stream, frames, pixel_format, before_frame)
 
 
-def _encode_frames(container: av.container.OutputContainer, stream: av.VideoStream, frames: Tensor, form: str) -> None:
+def _encode_frames(
+    container: av.container.OutputContainer,
+    stream: av.VideoStream,
+    frames: Tensor,
+    form: str,
+    before_frame: Callable[[], None],
+) -> None:
     for frame in frames:
+        before_frame()
         picture = av.VideoFrame.from_ndarray(to_bytes(frame[..., :3]), format="rgb24").reformat(format=form)
         container.mux(stream.encode(picture))
     container.mux(stream.encode(None))

@@ -47,7 +47,7 @@ def create_video(run: NodeRun, *, images: Tensor, fps: float, audio: Audio | Non
 def save_video(run: NodeRun, *, video: Video, filename_prefix: str, format: str, codec: str) -> Shown:
     height, width = video.frames.shape[1], video.frames.shape[2]
     name = run.folders.next_output(filename_prefix, "mp4", width=width, height=height)
-    save_mp4(name.staging_path, video, metadata_texts(run.prompt, run.extra_pnginfo))
+    save_mp4(name.staging_path, video, metadata_texts(run.prompt, run.extra_pnginfo), run.check_stop)
     run.commit(name)
     return Shown(ui={"images": [name.shown()], "animated": [True]})
 
@@ -68,6 +68,6 @@ def save_video(run: NodeRun, *, video: Video, filename_prefix: str, format: str,
 def save_webm_file(run: NodeRun, *, images: Tensor, filename_prefix: str, codec: str, fps: float, crf: float) -> Shown:
     name = run.folders.next_output(filename_prefix, "webm", width=images.shape[2], height=images.shape[1])
     texts = metadata_texts(run.prompt, run.extra_pnginfo)
-    save_webm(name.staging_path, images, codec=codec, fps=fps, crf=crf, texts=texts)
+    save_webm(name.staging_path, images, codec=codec, fps=fps, crf=crf, texts=texts, before_frame=run.check_stop)
     run.commit(name)
     return Shown(ui={"images": [name.shown()], "animated": [True]})

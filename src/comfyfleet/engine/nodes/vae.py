@@ -27,7 +27,14 @@ VAE_RATE_HZ = 44100
     description="Decodes latent images back into pixel space images.",
 )
 def vae_decode(run: NodeRun, *, samples: Latent, vae: Autoencoder) -> tuple[Tensor]:
-    return (join(vae.decode(samples.samples)),)
+    return (join(until_stopped(run, vae.decode(samples.samples))),)
+
+
+def until_stopped(run: NodeRun, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The pieces, for as long as nobody stops the run: a film is stopped within one latent frame."""
+    for piece in pieces:
+        run.check_stop()
+        yield piece
 
 
 def join(pieces: Iterator[Tensor]) -> Tensor:

@@ -78,8 +78,6 @@ def serve(channel: Channel, executor: Executor, device: str) -> None:
         command = channel.waiting.get()
         if isinstance(command, Free):
             executor.free(unload_models=command.unload_models, drop_results=command.drop_results)
-            if device.startswith("cuda"):
-                torch.cuda.empty_cache()
             continue
         prompt_id = command.prompt_id
         job = Job(

@@ -25,7 +25,7 @@ from comfyfleet.ids import Ids
 log = structlog.get_logger()
 
 LOST_TYPE = "comfyfleet.RenderProcessLost"
-RESTART_PAUSE_S = 1.0  # after a child that never became ready
+RESTART_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # after children that never became ready
 
 
 class Engine:
@@ -51,6 +51,7 @@ class Engine:
 
     async def run(self) -> None:
         """For ever: keep a render process, give it prompts."""
+        pause_s = RESTART_PAUSE_S
         while True:
             try:
                 async with started(self.settings) as child:
@@ -60,8 +61,10 @@ class Engine:
             except Exception:
                 log.exception("engine.loop_failed")
             if self._child is None:
-                await self._clock.sleep(RESTART_PAUSE_S)
-            self._child = None
+                await self._clock.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            else:
+                self._child, pause_s = None, RESTART_PAUSE_S
 
     async def _serve(self, child: RenderProcess) -> None:
         reports = child.reports()

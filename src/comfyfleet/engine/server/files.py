@@ -58,9 +58,12 @@ async def get_view(request: Request) -> Response:
         return empty(404)
     disposition = f'filename="{path.name}"'
     if "preview" in query or query.get("channel", "rgba") != "rgba":
-        body, media_type = await anyio.to_thread.run_sync(
-            _redrawn, path, query.get("preview", ""), query.get("channel", "rgba")
-        )
+        try:
+            body, media_type = await anyio.to_thread.run_sync(
+                _redrawn, path, query.get("preview", ""), query.get("channel", "rgba")
+            )
+        except OSError as error:
+            return bad_request("This file cannot be drawn as a picture.", str(type(error).__name__))
         return Response(body, media_type=media_type, headers={"Content-Disposition": disposition})
     media_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     if media_type in ACTIVE_TYPES:

@@ -10,6 +10,7 @@ from typing import Any
 
 import anyio
 import psutil
+from msgspec import structs
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -140,7 +141,14 @@ async def get_system_stats(request: Request) -> Response:
         "embedded_python": False,
         "argv": ["comfyfleet", "engine"],
     }
-    return json_answer({"system": system, "devices": engine.devices})
+    devices = [
+        # A CPU's memory is the machine's, and is told as it is now; a card's as it was after the last prompt.
+        structs.replace(device, vram_free=memory.available, torch_vram_free=memory.available)
+        if device.type == "cpu"
+        else device
+        for device in engine.devices
+    ]
+    return json_answer({"system": system, "devices": devices})
 
 
 async def get_features(request: Request) -> Response:
