@@ -23,7 +23,9 @@ from comfyfleet.engine.models.windows import in_windows
 DILATIONS = (1, 3, 5)
 NORM_EPS = 1e-6
 BACKBONE_WINDOW_FRAMES = 4096
-HEAD_WINDOW_FRAMES = 256  # more is slower on a CPU: the work no longer stays in its caches
+# On a CPU more is slower, as the work no longer stays in its caches, while a window's margins stay small beside it.
+CPU_HEAD_WINDOW_FRAMES, CPU_HEAD_WINDOW_REACHES = 256, 16
+GPU_HEAD_WINDOW_FRAMES = 4096
 
 
 def over_channels(norm: LayerNorm, x: Tensor) -> Tensor:
@@ -195,16 +197,19 @@ class AceVocoder(nn.Module):
         self.head = Head(section.section("head."))
 
     def windows(
-        self, mel: Tensor, backbone_window: int = BACKBONE_WINDOW_FRAMES, head_window: int = HEAD_WINDOW_FRAMES
+        self, mel: Tensor, backbone_window: int = BACKBONE_WINDOW_FRAMES, head_window: int | None = None
     ) -> Iterator[Tensor]:
-        """The waveform in pieces along time, (n, samples) each."""
+        """The waveform in pieces along time, (n, samples) each. Windows are in frames; None: what suits the device."""
         refined = in_windows(self.backbone, mel, window=backbone_window, reach=self.backbone.reach, factor=1)
         features = torch.cat(list(refined), dim=-1)
         reach, factor = self.head.reach, self.head.factor
+        if head_window is None:
+            for_cpu = max(CPU_HEAD_WINDOW_FRAMES, CPU_HEAD_WINDOW_REACHES * reach)
+            head_window = for_cpu if mel.device.type == "cpu" else GPU_HEAD_WINDOW_FRAMES
         for piece in in_windows(self.head, features, window=head_window, reach=reach, factor=factor):
             yield piece[:, 0]
 
     def forward(
-        self, mel: Tensor, backbone_window: int = BACKBONE_WINDOW_FRAMES, head_window: int = HEAD_WINDOW_FRAMES
+        self, mel: Tensor, backbone_window: int = BACKBONE_WINDOW_FRAMES, head_window: int | None = None
     ) -> Tensor:
         return torch.cat(list(self.windows(mel, backbone_window, head_window)), dim=-1)
