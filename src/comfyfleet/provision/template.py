@@ -48,7 +48,10 @@ class CustomNode:
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """gpu_ram_gb: what the template needs. benchmark: the graph file's name, shipped or beside the TOML."""
+    """gpu_ram_gb: what the template needs. benchmark: the graph file's name, shipped or beside the TOML.
+
+    benchmark_limit_s: how long measured rounds may take in all while their median is not yet stable.
+    """
 
     name: str
     hash_id: str
@@ -57,6 +60,7 @@ class Template:
     miniatures: bool
     comfyui_version: str
     benchmark: str
+    benchmark_limit_s: float = 600.0
     models: tuple[ModelFile, ...] = ()
     custom_nodes: tuple[CustomNode, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -112,6 +116,7 @@ def parse_template(content: bytes, *, name: str, folder: Path | None = None) -> 
         "miniatures",
         "comfyui_version",
         "benchmark",
+        "benchmark_limit_s",
         "models",
         "custom_nodes",
         "environment",
@@ -127,6 +132,7 @@ def parse_template(content: bytes, *, name: str, folder: Path | None = None) -> 
         miniatures=_of(data, "miniatures", bool, False),
         comfyui_version=_of(data, "comfyui_version", str, ""),
         benchmark=_of(data, "benchmark", str, ""),
+        benchmark_limit_s=float(_of(data, "benchmark_limit_s", (int, float), 600.0)),
         models=tuple(_model(entry, number) for number, entry in enumerate(_of(data, "models", list, []))),
         custom_nodes=tuple(_node(entry, number) for number, entry in enumerate(_of(data, "custom_nodes", list, []))),
         environment={str(key): str(value) for key, value in environment.items()},

@@ -29,7 +29,7 @@ class AgentSettings:
     incarnation: str
     template: str
     benchmark_json: Path | None
-    benchmark_limit_s: float
+    benchmark_limit_s: float | None  # None: what the template says
     is_unsecured: bool
     max_sessions: int
 
@@ -54,7 +54,7 @@ def agent_settings(env: Mapping[str, str]) -> AgentSettings | None:
         incarnation=env.get("COMFYFLEET_INCARNATION", ""),
         template=env.get("COMFYFLEET_TEMPLATE", "local"),
         benchmark_json=Path(benchmark_json) if benchmark_json else None,
-        benchmark_limit_s=float(env.get("COMFYFLEET_BENCHMARK_LIMIT_S", "600")),
+        benchmark_limit_s=float(limit_s) if (limit_s := env.get("COMFYFLEET_BENCHMARK_LIMIT_S")) else None,
         is_unsecured=env.get("UNSECURED", "false").lower() in _TRUE,
         max_sessions=_integer(env, "COMFYFLEET_MAX_SESSIONS", 10),
     )

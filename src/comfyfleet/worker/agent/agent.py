@@ -168,7 +168,7 @@ class Agent:
                     run_round=self._run_round,
                     cache=ScoreCache(self._folders.worker_dir / "scores.json"),
                     clock=self._clock,
-                    limit_s=self._settings.benchmark_limit_s,
+                    limit_s=self._benchmark_limit_s(),
                     on_round=self._on_round,
                 )
             except (BenchmarkFailed, FleetError, OSError, ValueError) as error:
@@ -190,6 +190,10 @@ class Agent:
                 cause=f"template {self._settings.template} has no benchmark: set BENCHMARK_JSON_PATH to a graph"
             )
         return graph
+
+    def _benchmark_limit_s(self) -> float:
+        given = self._settings.benchmark_limit_s
+        return given if given is not None else find_template(self._settings.template).benchmark_limit_s
 
     async def _run_round(self, graph: Graph) -> None:
         job = await self._service.submit(GenerateInput(workflow_json=graph, force=True), scope=BENCHMARK_SCOPE)
