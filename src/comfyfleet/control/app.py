@@ -245,6 +245,8 @@ def listen(settings: ControlSettings) -> socket.socket:
 
 async def serve(settings: ControlSettings, listener: socket.socket) -> None:
     """Run until SIGTERM or SIGINT; returns when everything is saved."""
+    # The store's writer thread gives the interpreter up after this long, not 5 ms: answers wait for it.
+    sys.setswitchinterval(0.0005)
     async with open_control(settings) as control:
         if control.admin_key_is_new:
             log.info("admin_key.made", path=str(settings.data_dir / "admin.key"))

@@ -41,10 +41,10 @@ def models_of(graph: Graph) -> tuple[str, ...]:
 
 
 def _cost(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        return None if name in _NO_COST or len(value) > _SHORT else value
     if is_link(value):
         return value
     if name in _NO_COST or isinstance(value, (list, Mapping)):
         return None
-    if isinstance(value, str):
-        return value if len(value) <= _SHORT else None
     return value

@@ -20,10 +20,14 @@ MAX_CHAIN = 900
 
 Graph = dict[str, dict[str, Any]]
 
+_FIT = (str, int, bool, type(None))
+# What JSON gives comes first: asking an abstract class costs ten times as much.
+_OBJECT = (dict, Mapping)
+
 
 def parse_graph(value: object, *, field: str = "workflow_json") -> Graph:
     """A rebuilt graph: every node exactly `{class_type, inputs, _meta?}`. Raises BadRequest or WorkflowRefused."""
-    if not isinstance(value, Mapping):
+    if not isinstance(value, _OBJECT):
         raise BadRequest(f"{field} must be an object of nodes", field=field)
     if not value:
         raise WorkflowRefused(f"{field} has no node", field=field)
@@ -41,13 +45,13 @@ def parse_graph(value: object, *, field: str = "workflow_json") -> Graph:
 
 
 def _parse_node(node_id: str, node: object) -> dict[str, Any]:
-    if not isinstance(node, Mapping):
+    if not isinstance(node, _OBJECT):
         raise WorkflowRefused(f"node {node_id} must be an object", node_id=node_id)
     class_type = node.get("class_type")
     if not isinstance(class_type, str) or not class_type:
         raise WorkflowRefused(f"node {node_id} has no class_type", node_id=node_id, input="class_type")
     inputs = node.get("inputs")
-    if not isinstance(inputs, Mapping):
+    if not isinstance(inputs, _OBJECT):
         raise WorkflowRefused(
             f"node {node_id} ({class_type}) has no inputs object",
             node_id=node_id,
@@ -67,21 +71,25 @@ def _parse_node(node_id: str, node: object) -> dict[str, Any]:
         "inputs": {str(name): given for name, given in inputs.items()},
     }
     meta = node.get("_meta")
-    if isinstance(meta, Mapping) and unfit_value(meta) is None:
+    if isinstance(meta, _OBJECT) and unfit_value(meta) is None:
         rebuilt["_meta"] = dict(meta)
     return rebuilt
 
 
 def unfit_value(value: object, max_depth: int = MAX_DEPTH) -> str | None:
     """Why a JSON value must not be forwarded (too deep, not finite), or None. Never recurses."""
+    if type(value) in _FIT:  # nearly every input: the loop below is three times slower
+        return None
     stack: list[tuple[object, int]] = [(value, 1)]
     while stack:
         current, depth = stack.pop()
         if depth > max_depth:
             return f"nested deeper than {max_depth} levels"
+        if type(current) in _FIT:
+            continue
         if isinstance(current, float) and not math.isfinite(current):
             return "not a finite number"
-        if isinstance(current, Mapping):
+        if isinstance(current, _OBJECT):
             stack.extend((inner, depth + 1) for inner in current.values())
         elif isinstance(current, list):
             stack.extend((inner, depth + 1) for inner in current)

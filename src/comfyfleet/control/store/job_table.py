@@ -54,7 +54,7 @@ class JobTable:
         return await self._database.write(work)
 
     async def job(self, job_id: str) -> Job | None:
-        rows = await self._database.read(lambda connection: connection.rows(sql.JOB_BY_ID, {"id": job_id}))
+        rows = await self._database.read(lambda connection: connection.rows(sql.JOB_BY_ID, {"id": job_id}), quick=True)
         return _job(rows[0]) if rows else None
 
     async def jobs(self, wanted: JobFilter) -> list[Job]:
@@ -88,7 +88,7 @@ class JobTable:
 
     async def head(self, endpoint_id: int, scope: str, now: float) -> JobHead | None:
         params = {"endpoint_id": endpoint_id, "scope": scope, "now": now}
-        rows = await self._database.read(lambda connection: connection.rows(sql.HEAD, params))
+        rows = await self._database.read(lambda connection: connection.rows(sql.HEAD, params), quick=True)
         return JobHead(**dict(zip(sql.HEAD_COLUMNS, rows[0], strict=True))) if rows else None
 
     async def lease(self, lease: Lease) -> Job | None:
@@ -193,7 +193,7 @@ class JobTable:
             job = connection.rows(sql.JOB_BY_ID, {"id": job_id}) if after < 1 else []
             return job, connection.rows(sql.EVENTS, {"job_id": job_id, "after": after})
 
-        job, rows = await self._database.read(work)
+        job, rows = await self._database.read(work, quick=True)
         first = [JobEvent(job_id=job_id, seq=1, at=_job(row).created_at, kind="queued", data="{}") for row in job]
         return first + [JobEvent(job_id=of, seq=seq, at=at, kind=kind, data=data) for of, seq, at, kind, data in rows]
 

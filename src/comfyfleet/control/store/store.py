@@ -155,7 +155,7 @@ def open_sqlite(path: Path) -> SqlStore:
     connection = SqliteConnection(path)
     upgrade(connection)
     connection.close()
-    return SqlStore(Database(lambda read_only: SqliteConnection(path, read_only=read_only)))
+    return SqlStore(Database(lambda read_only: SqliteConnection(path, read_only=read_only), quick_reads=True))
 
 
 def open_postgres(url: str, *, readers: int = 4) -> SqlStore:
