@@ -50,7 +50,7 @@ class ASite:
         return web.Response(status=self.status)
 
     async def until_told(self, count: int) -> list[dict]:
-        with anyio.fail_after(20):
+        with anyio.fail_after(60):
             while len(self.told) < count:
                 await self.news.wait()
         return [json.loads(body) for _, body in self.told]

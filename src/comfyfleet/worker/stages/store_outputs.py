@@ -23,6 +23,7 @@ import structlog
 
 from comfyfleet.storage.base import Storage, StorageFailed
 from comfyfleet.storage.local import LocalStorage, place, place_bytes
+from comfyfleet.storage.s3 import PART_BYTES
 from comfyfleet.wire.errors import DiskFull, room_on_disk
 from comfyfleet.wire.generation import GenerateInput, OutputEntry, S3Target
 from comfyfleet.worker.stages.destinations import Destinations
@@ -53,6 +54,7 @@ class _Where:
     folders: Mapping[str, Path]
     copy: bool
     remote: Storage | None
+    is_own_store: bool  # the request's, not the operator's
     expires_in_s: float
 
 
@@ -67,7 +69,13 @@ class StoreOutputs:
         self._url_expires_s = url_expires_s
         self._base64_max_bytes = base64_max_bytes
         self._threads = anyio.CapacityLimiter(4)
-        self._uploads = anyio.CapacityLimiter(3)
+        # Lanes by whose store it is and whether the file is long: a stranger's slow bucket, or a gigabyte on its way,
+        # holds up its like and nobody else. Long ones hold two parts in memory each.
+        self._lanes = {
+            (is_own, is_long): anyio.CapacityLimiter(2 if is_long else 16)
+            for is_own in (False, True)
+            for is_long in (False, True)
+        }
 
     async def run(
         self, entry: Mapping[str, Any], *, request_id: str, request: GenerateInput, folders: Mapping[str, Path]
@@ -92,7 +100,13 @@ class StoreOutputs:
             for one, key in zip(named, keys, strict=True)
         ]
         remote, refused = self._open(request.s3)
-        where = _Where(folders=folders, copy=copy, remote=remote, expires_in_s=self._expiry(request))
+        where = _Where(
+            folders=folders,
+            copy=copy,
+            remote=remote,
+            is_own_store=bool(request.s3.endpoint_url),
+            expires_in_s=self._expiry(request),
+        )
         full: list[DiskFull] = []
         async with anyio.create_task_group() as files:
             for output, one, key in zip(outputs, named, keys, strict=True):
@@ -153,7 +167,7 @@ class StoreOutputs:
         _describe(output, stored)
         if remote is not None:
             try:
-                async with self._uploads:
+                async with self._lanes[where.is_own_store, stored.size_bytes > PART_BYTES]:
                     await remote.put(target, key, media_type=stored.facts.mime, sha256=stored.sha256)
                     if stored.has_poster:
                         await remote.put(_poster_path(target), key + POSTER_SUFFIX, media_type="image/jpeg")
