@@ -191,11 +191,10 @@ def fake_engine(folder: Path, *, job_s: float = 0.004) -> FakeEngineProcess:
     )
 
 
-@asynccontextmanager
-async def a_worker(
+def standalone_worker(
     folder: Path, *, backends: tuple[str, ...] = (), job_s: float = 0.004, **env: str
-) -> AsyncIterator[WorkerProcess]:
-    """A ready standalone worker over a fake engine of its own, or over `backends`; gone after the block."""
+) -> WorkerProcess:
+    """A standalone worker over a fake engine of its own, or over `backends`; not yet started."""
     port, engine_port = free_port(), free_port()
     settings = {
         "COMFYFLEET_DATA_DIR": str(folder / "data"),
@@ -207,7 +206,7 @@ async def a_worker(
         settings["COMFYUI_BACKENDS"] = ",".join(backends)
     else:
         settings["COMFYFLEET_ENGINE_COMMAND"] = " ".join(_fake_command(folder, job_s))
-    worker = WorkerProcess(
+    return WorkerProcess(
         command=[sys.executable, "-m", "comfyfleet", "worker", "--standalone"],
         env={**os_environment(), **settings, **env},
         log_path=folder / "worker.log",
@@ -215,6 +214,14 @@ async def a_worker(
         folder=folder,
         engine_url=backends[0] if backends else f"http://127.0.0.1:{engine_port}",
     )
+
+
+@asynccontextmanager
+async def a_worker(
+    folder: Path, *, backends: tuple[str, ...] = (), job_s: float = 0.004, **env: str
+) -> AsyncIterator[WorkerProcess]:
+    """A ready standalone worker as `standalone_worker` makes it; gone after the block."""
+    worker = standalone_worker(folder, backends=backends, job_s=job_s, **env)
     connector = aiohttp.TCPConnector(limit=0, force_close=False)
     async with aiohttp.ClientSession(connector=connector) as session:
         worker.session = session

@@ -27,7 +27,7 @@ def health_report(slots: Sequence[EngineSlot], view: QueueView, *, is_ready: boo
                 "gpu": slot.gpu,
                 "prompts": len(slot.bookings),
                 "restarts": slot.restarts,
-                "socket": slot.client.connected,
+                "socket": slot.client.connected.is_set(),
             }
             for slot in slots
         ],

@@ -25,7 +25,7 @@ from comfyfleet.worker.engines.faults import without_paths
 log = structlog.get_logger()
 
 _encode = msgspec.json.Encoder().encode
-_RECONNECT_FIRST_S, _RECONNECT_CAP_S = 0.1, 2.0
+_RECONNECT_FIRST_S, _RECONNECT_CAP_S = 0.05, 0.5
 # An idle ComfyUI sends nothing, not even pings: ours find a dead peer.
 _HEARTBEAT_S = 20.0
 _CHUNK_BYTES = 256 * 1024
@@ -99,7 +99,7 @@ class EngineClient:
         self._ids = ids
         self._listeners: dict[str, Listener] = {}
         self.client_id = self._new_client_id()
-        self.connected = False
+        self.connected = anyio.Event()
         self.last_heard = clock.monotonic()
 
     def listen(self, prompt_id: str, listener: Listener) -> None:
@@ -121,7 +121,8 @@ class EngineClient:
                     await self._read(socket)
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
                 log.debug("engine.socket_failed", engine=self.base_url, error=str(error))
-            self.connected = False
+            if self.connected.is_set():
+                self.connected = anyio.Event()
             await self._clock.sleep(wait_s)
             wait_s = min(wait_s * 2, _RECONNECT_CAP_S)
 
@@ -131,7 +132,8 @@ class EngineClient:
                 continue
             self.last_heard = self._clock.monotonic()
             # The first frame is a status: only after it is this id known to the engine.
-            self.connected = True
+            if not self.connected.is_set():
+                self.connected.set()
             try:
                 event = _event_decoder.decode(message.data)
             except msgspec.MsgspecError:
@@ -139,6 +141,12 @@ class EngineClient:
             listener = self._listeners.get(event.data.prompt_id or "")
             if listener is not None:
                 listener(event)
+
+    async def until_connected(self, limit_s: float) -> None:
+        """Wait for the socket, but not for ever: without it a job loses its progress, not its end."""
+        if not self.connected.is_set():
+            with anyio.move_on_after(limit_s):
+                await self.connected.wait()
 
     async def submit(self, graph: Graph, prompt_id: str, *, extra_pnginfo: dict[str, Any] | None = None) -> None:
         """POST /prompt. Raises WorkflowRefused with the engine's reasons, or EngineGone when it may not have it."""

@@ -29,6 +29,7 @@ log = structlog.get_logger()
 DEVICE_FAULTS_ALLOWED = 1
 START_TIMEOUT_S = 600.0
 _WATCH_S = 1.0
+_SOCKET_S = 5.0
 _PROBE_S = 2.0
 _BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _STEADY_S = 60.0  # a process that lived this long starts the backoff afresh
@@ -174,7 +175,8 @@ class Supervisor:
                 return str(gone) or "no answer"
 
     async def _meet(self, slot: EngineSlot) -> None:
-        """Ask the engine what it is."""
+        """Ask the engine what it is; its socket is open by then."""
+        await slot.client.until_connected(_SOCKET_S)
         try:
             stats = await slot.client.system_stats()
         except (EngineGone, msgspec.MsgspecError):

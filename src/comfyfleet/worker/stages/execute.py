@@ -21,6 +21,7 @@ from comfyfleet.worker.engines.watch import PromptWatch
 log = structlog.get_logger()
 
 POLL_S = 1.0
+_SOCKET_S = 2.0
 # The history may come a little after the event that announces the end.
 _LATE_HISTORY_S = (0.0, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5)
 
@@ -36,6 +37,7 @@ class RunEnd:
 async def execute(slot: EngineSlot, graph: Graph, watch: PromptWatch, *, clock: Clock) -> RunEnd:
     """Submit and follow. Raises WorkflowRefused. A cancelled scope leaves the prompt to `withdraw`."""
     slot.watches[watch.prompt_id] = watch
+    await slot.client.until_connected(_SOCKET_S)
     slot.client.listen(watch.prompt_id, watch.hear)
     watch.client_id = slot.client.client_id
     try:
