@@ -23,8 +23,8 @@ class S3Target(msgspec.Struct, frozen=True, kw_only=True):
     endpoint_url: str = ""
     bucket_name: str = ""
     region: str = ""
-    connect_timeout: float = 60.0
-    connect_attempts: int = 3
+    connect_timeout: float = 0.0  # seconds; 0 is not given, here and below
+    connect_attempts: int = 0
     expires_s: float = 0.0
 
 

@@ -66,6 +66,13 @@ def test_a_request_overrides_field_by_field() -> None:
     assert (chosen.bucket, chosen.region, chosen.access_key_id) == ("mine", "us", "ak")
 
 
+def test_a_request_may_say_how_long_to_try_within_bounds() -> None:
+    chosen = effective_s3(OPERATOR, S3Target(connect_timeout=5, connect_attempts=1000))
+
+    assert chosen is not None
+    assert (chosen.connect_timeout_s, chosen.attempts) == (5, 10)
+
+
 def test_a_request_with_everything_needs_no_operator() -> None:
     target = S3Target(access_key_id="a", secret_access_key="b", endpoint_url="https://x", bucket_name="c")
 

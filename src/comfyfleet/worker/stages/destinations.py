@@ -17,6 +17,9 @@ from comfyfleet.storage.s3 import S3Storages
 from comfyfleet.wire.errors import FleetError, Unprocessable
 from comfyfleet.wire.generation import S3Target
 
+_MAX_TIMEOUT_S = 300.0
+_MAX_ATTEMPTS = 10
+
 
 def effective_s3(operator: S3Settings | None, request: S3Target) -> S3Settings | None:
     """The bucket and keys to use, or None for local files only. Raises Unprocessable naming the field."""
@@ -40,6 +43,10 @@ def effective_s3(operator: S3Settings | None, request: S3Target) -> S3Settings |
         bucket=bucket,
         endpoint_url=request.endpoint_url or operator.endpoint_url,
         region=request.region or operator.region,
+        connect_timeout_s=min(request.connect_timeout, _MAX_TIMEOUT_S)
+        if request.connect_timeout > 0
+        else operator.connect_timeout_s,
+        attempts=min(request.connect_attempts, _MAX_ATTEMPTS) if request.connect_attempts > 0 else operator.attempts,
     )
     if own_keys:
         chosen = replace(chosen, access_key_id=request.access_key_id, secret_access_key=request.secret_access_key)

@@ -204,7 +204,8 @@ class StoreOutputs:
             output.mimetype = output.mime
 
     def _expiry(self, request: GenerateInput) -> float:
-        return request.expires_s or request.s3.expires_s or self._url_expires_s
+        asked = (request.expires_s, request.s3.expires_s)
+        return next((seconds for seconds in asked if seconds > 0), self._url_expires_s)
 
     def _key_of(self, output: OutputEntry) -> str:
         """The key that an entry was stored under, from its local path."""
