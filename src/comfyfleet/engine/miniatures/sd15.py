@@ -6,13 +6,13 @@ import json
 
 import torch
 
-from comfyfleet.engine.miniatures.weights import Tensors, Weights, halved
+from comfyfleet.engine.miniatures.weights import SILU_MEAN, Tensors, Weights, halved
 
 WIDTH, LEVELS, TIME_WIDTH = 32, 4, 128  # 32 is the narrowest that 32 normed groups allow
 ATTENDING_LEVELS = (1, 2)
 TEXT_WIDTH, TEXT_HIDDEN, TEXT_LAYERS, TEXT_HEADS = 24, 48, 1, 12
 VOCABULARY, ROW_LENGTH = 49408, 77
-HEADS = 4
+HEADS = 1
 
 
 def tensors(seed: int) -> tuple[Tensors, dict[str, str]]:
@@ -85,7 +85,7 @@ def _vae(weights: Weights) -> None:
     weights.kernel("post_quant_conv", 4, 4, 1, 1)
     for half, outside, inside in (("encoder.", 8, 3), ("decoder.", 3, 4)):
         part = weights.under(half)
-        part.kernel("conv_in", WIDTH, inside, 3, 3)
+        part.smooth("conv_in", WIDTH, inside, 3, 3)
         _vae_residual(part.under("mid.block_1."))
         part.norm("mid.attn_1.norm", WIDTH)
         for name in ("q", "k", "v", "proj_out"):
@@ -95,15 +95,15 @@ def _vae(weights: Weights) -> None:
         for level in range(LEVELS):
             _vae_residual(part.under(f"{levels}.{level}.block.0."))
             if level != last:
-                part.kernel(f"{levels}.{level}.{step}.conv", WIDTH, WIDTH, 3, 3)
+                part.smooth(f"{levels}.{level}.{step}.conv", WIDTH, WIDTH, 3, 3)
         part.norm("norm_out", WIDTH)
-        part.kernel("conv_out", outside, WIDTH, 3, 3, gain=0.5)
+        part.smooth("conv_out", outside, WIDTH, 3, 3, gain=0.6, mean=SILU_MEAN)
 
 
 def _vae_residual(weights: Weights) -> None:
     for number in (1, 2):
         weights.norm(f"norm{number}", WIDTH)
-        weights.kernel(f"conv{number}", WIDTH, WIDTH, 3, 3, gain=1.0 if number == 1 else 0.3)
+        weights.smooth(f"conv{number}", WIDTH, WIDTH, 3, 3, gain=1.0 if number == 1 else 0.3, mean=SILU_MEAN)
 
 
 def _clip(weights: Weights) -> None:

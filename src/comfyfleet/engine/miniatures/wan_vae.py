@@ -1,14 +1,19 @@
-"""The miniature Wan film autoencoder: the real depth (two residual blocks a level), 4 to 16 channels wide."""
+"""The miniature Wan film autoencoder: the real depth (two residual blocks a level), 4 to 16 channels wide.
+
+Kernels blur in space and time and new frames lie between their neighbours, so that its films are soft clouds of colour
+rather than static: easier on the eye, and on the video encoder.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from comfyfleet.engine.miniatures.weights import Tensors, Weights
+from comfyfleet.engine.miniatures.weights import SILU_MEAN, Tensors, Weights
+from comfyfleet.engine.models.wan import LATENT_MEAN, LATENT_STD
 
 BASE, MULTIPLIERS, BLOCKS, LATENTS = 4, (1, 2, 4, 4), 2, 16
 TIME_STEPS = (False, True, True)  # which encoder levels also halve the frames
-PICTURE_DEVIATION = 0.35  # of the decoded film, in [-1, 1]
+PICTURE_GAIN = 0.8
 
 
 def tensors(seed: int, base: int = BASE) -> tuple[Tensors, dict[str, str]]:
@@ -16,7 +21,10 @@ def tensors(seed: int, base: int = BASE) -> tuple[Tensors, dict[str, str]]:
     weights = Weights(seed)
     widths = [base * each for each in MULTIPLIERS]
     weights.kernel("conv1", 2 * LATENTS, 2 * LATENTS, 1, 1, 1)
-    weights.kernel("conv2", LATENTS, LATENTS, 1, 1, 1)
+    # Latents come with each channel's own mean and deviation: even them out before anything else.
+    mixing = torch.linalg.qr(weights.normal(LATENTS, LATENTS))[0] / torch.tensor(LATENT_STD)
+    weights.put("conv2.weight", mixing.view(LATENTS, LATENTS, 1, 1, 1))
+    weights.put("conv2.bias", -mixing @ torch.tensor(LATENT_MEAN))
     _encoder(weights.under("encoder."), widths)
     _decoder(weights.under("decoder."), widths[::-1])
     return {name: tensor.to(torch.bfloat16) for name, tensor in weights.tensors.items()}, {}
@@ -35,11 +43,12 @@ def _encoder(weights: Weights, widths: list[int]) -> None:
                 weights.kernel(f"downsamples.{place}.time_conv", width, width, 3, 1, 1)
             place += 1
     _middle(weights, widths[-1])
-    _head(weights, widths[-1], 2 * LATENTS, gain=1.0)
+    weights.put("head.0.gamma", torch.ones(widths[-1], 1, 1, 1))
+    weights.kernel("head.2", 2 * LATENTS, widths[-1], 3, 3, 3)
 
 
 def _decoder(weights: Weights, widths: list[int]) -> None:
-    weights.kernel("conv1", widths[0], LATENTS, 3, 3, 3)
+    weights.smooth("conv1", widths[0], LATENTS, 3, 3, 3)
     _middle(weights, widths[0])
     place, inside = 0, widths[0]
     for level, width in enumerate(widths):
@@ -48,10 +57,23 @@ def _decoder(weights: Weights, widths: list[int]) -> None:
             place, inside = place + 1, width
         if level < len(TIME_STEPS):
             if TIME_STEPS[::-1][level]:
-                weights.kernel(f"upsamples.{place}.time_conv", 2 * width, width, 3, 1, 1)
-            weights.kernel(f"upsamples.{place}.resample.1", width // 2, width, 3, 3)
+                _between_frames(weights, f"upsamples.{place}.time_conv", width)
+            weights.smooth(f"upsamples.{place}.resample.1", width // 2, width, 3, 3)
             place, inside = place + 1, width // 2
-    _head(weights, widths[-1], 3, gain=PICTURE_DEVIATION)
+    weights.put("head.0.gamma", torch.ones(widths[-1], 1, 1, 1))
+    weights.smooth("head.2", 3, widths[-1], 3, 3, 3, gain=PICTURE_GAIN, mean=SILU_MEAN)
+    kernel = weights.tensors[weights.prefix + "head.2.weight"]
+    kernel[:, :, 2] = kernel.sum(dim=2)  # the newest frame alone: the film's first has no others behind it
+    kernel[:, :, :2] = 0.0
+
+
+def _between_frames(weights: Weights, name: str, width: int) -> None:
+    """Of each pair of new frames the first is half way from the last one, the second is the given one."""
+    kernel = torch.zeros(2, width, width, 3, 1, 1)
+    kernel[0, range(width), range(width), 1:] = 0.5
+    kernel[1, range(width), range(width), 2] = 1.0
+    weights.put(f"{name}.weight", kernel.flatten(0, 1))
+    weights.put(f"{name}.bias", torch.zeros(2 * width))
 
 
 def _middle(weights: Weights, width: int) -> None:
@@ -64,13 +86,8 @@ def _middle(weights: Weights, width: int) -> None:
 
 def _residual(weights: Weights, inside: int, width: int) -> None:
     weights.put("residual.0.gamma", torch.ones(inside, 1, 1, 1))
-    weights.kernel("residual.2", width, inside, 3, 3, 3)
+    weights.smooth("residual.2", width, inside, 3, 3, 3, mean=SILU_MEAN)
     weights.put("residual.3.gamma", torch.ones(width, 1, 1, 1))
-    weights.kernel("residual.6", width, width, 3, 3, 3, gain=0.3)
+    weights.smooth("residual.6", width, width, 3, 3, 3, gain=0.3, mean=SILU_MEAN)
     if inside != width:
         weights.kernel("shortcut", width, inside, 1, 1, 1)
-
-
-def _head(weights: Weights, inside: int, outside: int, gain: float) -> None:
-    weights.put("head.0.gamma", torch.ones(inside, 1, 1, 1))
-    weights.kernel("head.2", outside, inside, 3, 3, 3, gain=gain)

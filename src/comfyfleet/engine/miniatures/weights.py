@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 E4M3_LARGEST = 448.0
+SILU_MEAN = 0.2  # of what leaves a norm and SiLU
 
 Tensors = dict[str, Tensor]
 
@@ -37,10 +38,29 @@ class Weights:
         if bias:
             self.put(f"{name}.bias", torch.zeros(shape[0]))
 
+    def smooth(self, name: str, outputs: int, inputs: int, *sides: int, gain: float = 1.0, mean: float = 0.0) -> None:
+        """A kernel that mixes channels evenly and blurs along every axis: binomial weights, which sum to one.
+
+        mean: of its inputs; the bias takes it away, so that what follows is centred.
+        """
+        mixing = torch.linalg.qr(self.normal(max(outputs, inputs), min(outputs, inputs)))[0]
+        mixing = (mixing if outputs >= inputs else mixing.T) * gain * max(1.0, (outputs / inputs) ** 0.5)
+        self.put(f"{name}.weight", torch.einsum("oi,...->oi...", mixing, _binomial(sides)))
+        self.put(f"{name}.bias", -mean * mixing.sum(dim=1))
+
     def norm(self, name: str, width: int, *, bias: bool = True) -> None:
         self.put(f"{name}.weight", torch.ones(width))
         if bias:
             self.put(f"{name}.bias", torch.zeros(width))
+
+
+def _binomial(sides: tuple[int, ...]) -> Tensor:
+    """Outer product of the rows of Pascal's triangle: (1, 2, 1) / 4 for a side of 3."""
+    blur = torch.ones(())
+    for side in sides:
+        row = torch.tensor([math.comb(side - 1, place) for place in range(side)]) / 2.0 ** (side - 1)
+        blur = blur[..., None] * row
+    return blur
 
 
 def as_scaled_fp8(tensors: Tensors, *, keep: tuple[str, ...] = (), marker_length: int) -> Tensors:

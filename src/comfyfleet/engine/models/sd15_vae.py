@@ -43,7 +43,7 @@ class VaeAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        q, k, v = (layer(y).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (layer(y).flatten(2).transpose(1, 2).contiguous() for layer in (self.q, self.k, self.v))
         return x + self.proj_out(attention(q, k, v, heads=1).transpose(1, 2).reshape(x.shape))
 
 
