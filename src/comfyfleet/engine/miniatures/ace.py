@@ -30,6 +30,13 @@ LATENTS, CHANNELS, MELS = 8, 2, 128
 BACKBONE, SOUND, RATES, SOUND_KERNEL = 16, 16, (8, 8, 8), 3
 LOUDNESS = 0.12  # of the last layer: the deviation of a song comes out near 0.15
 
+# The commonest pairs of English letters are pieces of their own, so lyrics take about as many as with the real one.
+PAIRS = [
+    "th", "he", "in", "er", "an", "re", "on", "at", "en", "nd", "ti", "es", "or", "te", "ed", "is", "it", "al", "ar",
+    "st", "to", "nt", "ng", "se", "ha", "as", "ou", "le", "ve", "co", "me", "de", "hi", "ri", "ro", "ic", "ne", "ea",
+    "ra", "ce", "li", "ch", "ll", "be", "ma", "si", "om", "ur",
+]  # fmt: skip
+
 
 def tensors(seed: int) -> tuple[Tensors, dict[str, str]]:
     """The file's tensors (float32) and metadata, the same for the same seed."""
@@ -44,24 +51,24 @@ def tensors(seed: int) -> tuple[Tensors, dict[str, str]]:
 
 
 def lyric_ids() -> dict[str, int]:
-    """Pieces of the lyric vocabulary, single letters and language tags; opening and line end as everywhere."""
+    """Pieces of the lyric vocabulary: letters, pairs, language tags; opening and line end as everywhere."""
     letters = string.ascii_lowercase + string.digits + "!'(),-./:?[]" + "àáâãäåçèéêëìíîïñòóôõöøùúûüýœßæ"
     tags = [f"[{TAGS.get(language, language)}]" for language in sorted(LANGUAGES)]
     ids = {"[STOP]": 0, "[UNK]": 1, "[SPACE]": LINE_END_ID, "[START]": START_ID}
-    ids |= {letter: 3 + place for place, letter in enumerate(letters)}
+    ids |= {piece: 3 + place for place, piece in enumerate([*letters, *PAIRS])}
     return ids | {tag: START_ID + 1 + place for place, tag in enumerate(tags)}
 
 
 def lyric_vocabulary() -> str:
     """Those pieces as JSON in the `tokenizers` format."""
     ids = lyric_ids()
-    special = [piece for piece in ids if len(piece) > 1]
+    special = [piece for piece in ids if len(piece) > 2]
     flags = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     content = {
         "version": "1.0",
         "added_tokens": [{"id": ids[piece], "content": piece, **flags} for piece in special],
         "pre_tokenizer": {"type": "Whitespace"},
-        "model": {"type": "BPE", "unk_token": "[UNK]", "vocab": ids, "merges": []},
+        "model": {"type": "BPE", "unk_token": "[UNK]", "vocab": ids, "merges": [" ".join(pair) for pair in PAIRS]},
     }
     return json.dumps(content)
 

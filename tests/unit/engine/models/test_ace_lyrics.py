@@ -154,13 +154,13 @@ def test_lines_carry_their_language_and_spaces_are_pieces():
     assert tagged("ソング") == "[ja]songu"
 
 
-def test_a_miniature_spells_lyrics_letter_by_letter():
+def test_a_miniature_spells_lyrics_by_letters_and_pairs():
     ids = lyric_ids()
     tokenizer = LyricTokenizer.from_json(lyric_vocabulary())
 
-    assert tokenizer.encode(["la 2\n\n"]) == [
+    assert tokenizer.encode(["the la 2\n\n"]) == [
         START_ID,
-        *(ids[piece] for piece in ("[en]", "l", "a", "[SPACE]", "t", "w", "o")),
+        *(ids[piece] for piece in ("[en]", "th", "e", "[SPACE]", "l", "a", "[SPACE]", "t", "w", "o")),
         *[LINE_END_ID] * 3,
     ]
     assert tokenizer.encode([""]) == [START_ID]
