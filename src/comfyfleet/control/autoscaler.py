@@ -150,6 +150,8 @@ def _steps(frame: Frame, *, is_hard: bool) -> tuple[list[Action], str]:
     inputs = frame.inputs
     if leftovers := _of_deleted_groups(inputs):
         return leftovers, "their workergroup is deleted"
+    if kept := [worker for worker in inputs.workers if worker.is_foreign and worker.intent == "stop"]:
+        return [Action(verb=Verb.KEEP, group_id=worker.group_id, worker_id=worker.id) for worker in kept], "it is back"
     if repairs := _repairs(frame):
         return repairs, "it failed"
     if updates := update_actions(inputs):
@@ -192,7 +194,7 @@ def _repairs(frame: Frame) -> list[Action]:
 
 def _over_cap(frame: Frame) -> list[Action]:
     """More workers than max_workers: inactive ones go first, then idle ones, worst first."""
-    ours = [worker for worker in frame.inputs.workers if worker.intent != "destroy"]
+    ours = [worker for worker in frame.inputs.workers if worker.intent != "destroy" and not worker.is_foreign]
     count = len(ours) - frame.inputs.policy.max_workers
     if count <= 0:
         return []

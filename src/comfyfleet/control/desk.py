@@ -135,6 +135,7 @@ class Desk:
                 self.queue.leave(ticket, Phase.FINISHED, worker.id, now)
                 if entry.status == "Rejected":
                     ticket.excluded[worker.id] = now + FULL_S
+                    ticket.avoided.add(worker.id)
                 elif not entry.success:
                     ticket.excluded[worker.id] = now + EXCLUDED_S
                 elif entry.status != "Cancelled":
@@ -307,7 +308,9 @@ class Desk:
                 return
             load.finish(ticket.request_idx, now)
             ticket.excluded[worker.id] = now + EXCLUDED_S
-            if was_quick:
+            if was_quick and now - ticket.rejoined_at < REJOIN_S:
+                self._workers.quarantine(worker.id, now)  # cut off in mid-job, and nobody there afterwards
+            elif was_quick:
                 self._strike(worker.id, now)
         elif ticket.preferred and worker is not None and self._workers.load(worker.id).is_open:
             # It finished there: the same worker replays the answer instead of making it again.
@@ -328,11 +331,18 @@ class Desk:
             self._workers.quarantine(worker_id, now)
 
     def _choose(self, ticket: RouteTicket, now: float) -> int | Refusal:
+        excluded = ticket.excluded_now(now)
+        chosen = self._choose_without(ticket, excluded | ticket.avoided, now)
+        if isinstance(chosen, Refusal) and ticket.avoided - excluded:
+            return self._choose_without(ticket, excluded, now)
+        return chosen
+
+    def _choose_without(self, ticket: RouteTicket, excluded: set[int], now: float) -> int | Refusal:
         return choose(
             self._workers.candidates(ticket.endpoint_id),
             ticket.want,
             max_queue_time=self._max_queue_time.get(ticket.endpoint_id, 30.0),
-            excluded=ticket.excluded_now(now),
+            excluded=excluded,
             now=now,
         )
 

@@ -11,13 +11,14 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import anyio
 import anyio.abc
+import msgspec
 import structlog
 
 from comfyfleet.clock import Clock
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.desk import Desk
 from comfyfleet.control.fleet.base import FleetProvider, FleetWorker, Presence, WorkerSpec
-from comfyfleet.control.records import Endpoint, Workergroup
+from comfyfleet.control.records import Endpoint, Workergroup, WorkerRow
 from comfyfleet.control.scaling import Action, Verb
 from comfyfleet.control.scores import Scores
 from comfyfleet.control.store.base import Store
@@ -36,6 +37,12 @@ DRAIN_LIMIT_S = 1800.0
 UNRECORDED_S = 5.0
 
 Environment = Callable[[Endpoint, Workergroup], Mapping[str, str]]
+
+
+def worker_row(worker: Worker) -> WorkerRow:
+    """What the store keeps of a worker."""
+    body = msgspec.json.encode(worker).decode()
+    return WorkerRow(id=worker.id, endpoint_id=worker.endpoint_id, workergroup_id=worker.group_id, body=body)
 
 
 class Lifecycle:
@@ -90,6 +97,8 @@ class Lifecycle:
         )
         self._workers.add(worker, now)
         try:
+            # Written down before it exists: a control plane that is killed here leaves no worker that nobody knows.
+            await self._store.put(worker_row(worker))
             await self._provider.create(self._spec(worker))
         except BaseException:
             self._workers.remove(worker.id)
@@ -112,6 +121,7 @@ class Lifecycle:
             is_foreign=True,
         )
         self._workers.add(worker, now)
+        await self._store.put(worker_row(worker))
         return worker
 
     async def apply(self, action: Action) -> None:
@@ -164,7 +174,9 @@ class Lifecycle:
 
     def _end_drain(self, worker: Worker) -> None:
         now = self._clock.now()
-        if worker.is_foreign or worker.intent == "destroy":
+        if worker.is_foreign and worker.intent != "destroy":
+            return  # out of routing; whoever brought it decides what runs there
+        if worker.intent == "destroy":
             self._workers.move(worker.id, WorkerState.DESTROYING, now)
             self._begin(worker.id, self._destroy)
         elif worker.intent == "stop" and worker.state in INACTIVE:

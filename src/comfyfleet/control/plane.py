@@ -15,6 +15,7 @@ import structlog
 from starlette.routing import BaseRoute
 
 from comfyfleet.clock import Clock
+from comfyfleet.control.api.foreign_workers import ForeignWorkerApi
 from comfyfleet.control.api.reports import ReportApi
 from comfyfleet.control.api.route import RouteApi
 from comfyfleet.control.catalog import Catalog
@@ -112,10 +113,13 @@ class RoutingPlane:
             ids=ids,
         )
         self._report_api = ReportApi(self.reports)
+        self._foreign_api = ForeignWorkerApi(
+            lifecycle=self.lifecycle, workers=self.workers, catalog=catalog, keys=keys, provider=provider
+        )
 
     def routes(self) -> list[BaseRoute]:
-        """`/route/`, `/pubkey/`, `/pubkey/ed25519`, `/worker_status/`, `/delete_requests/`."""
-        return [*self._route_api.routes(), *self._report_api.routes()]
+        """`/route/`, `/pubkey/`, `/pubkey/ed25519`, `/worker_status/`, `/delete_requests/`, and workers by hand."""
+        return [*self._route_api.routes(), *self._report_api.routes(), *self._foreign_api.routes()]
 
     async def load(self) -> None:
         """Before the first request: workers of an earlier run, and numbers to hand out."""

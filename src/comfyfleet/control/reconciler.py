@@ -17,7 +17,7 @@ from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.checkup import ailment
 from comfyfleet.control.desk import Desk
 from comfyfleet.control.fleet.base import FleetProvider, FleetWorker, NoCapacity
-from comfyfleet.control.lifecycle import Lifecycle
+from comfyfleet.control.lifecycle import Lifecycle, worker_row
 from comfyfleet.control.records import DecisionRow, Endpoint, LogRow, WorkerRow
 from comfyfleet.control.scaling import (
     Action,
@@ -216,10 +216,7 @@ class Reconciler:
     async def _persist(self) -> None:
         changed, gone = self._workers.take_changes()
         for worker in changed:
-            body = msgspec.json.encode(worker).decode()
-            await self._store.put(
-                WorkerRow(id=worker.id, endpoint_id=worker.endpoint_id, workergroup_id=worker.group_id, body=body)
-            )
+            await self._store.put(worker_row(worker))
         for worker_id in gone:
             self._states.pop(worker_id, None)
             await self._store.drop(WorkerRow, worker_id)

@@ -31,7 +31,10 @@ class Phase(StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class RouteTicket:
-    """One logical request. order: its place in the line. excluded: workers that just failed it, until when."""
+    """One logical request. order: its place in the line. excluded: workers that just failed it, until when.
+
+    avoided: workers that refused it as full; tried again only where no other has room.
+    """
 
     request_idx: int
     endpoint_id: int
@@ -53,6 +56,7 @@ class RouteTicket:
     uncollected: bool = False
     bypassed: int = 0
     excluded: dict[int, float] = field(default_factory=dict)
+    avoided: set[int] = field(default_factory=set)
     changed: anyio.Event | None = None
 
     def to(self, phase: Phase, now: float) -> None:

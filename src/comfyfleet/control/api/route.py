@@ -120,7 +120,7 @@ class RouteApi:
             scope=principal.scope,
             cost=wanted.cost if learned is None else learned,
             request_idx=wanted.request_idx,
-            replay_timeout=min(max(wanted.replay_timeout, 5.0), 3600.0),
+            replay_timeout=min(max(wanted.replay_timeout, 1.0), 3600.0),
             models=frozenset(hint.models) if hint is not None else frozenset(),
             shape=shape,
         )

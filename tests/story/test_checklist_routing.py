@@ -1,0 +1,434 @@
+"""Statements 8-34, 39 and 40 of the protocol's checklist: a real control plane, the real client, played workers."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import json
+import threading
+import time
+import urllib.request
+
+import pytest
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding
+
+from support.control_plane import ControlPlane
+from support.played_worker import PlayedWorker
+from support.vastai import run_vastai
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def plane(tmp_path_factory):
+    plane = ControlPlane(tmp_path_factory.mktemp("control")).start()
+    yield plane
+    plane.close()
+
+
+@pytest.fixture
+def endpoint(plane, request):
+    """A fresh endpoint, named after the test, that nobody scales."""
+    return make_endpoint(plane, request.node.name)
+
+
+def make_endpoint(plane, name: str, **fields) -> str:
+    body = {"endpoint_name": name, "cold_workers": 0, "min_load": 0.0, **fields}
+    status, made = plane.call("POST", "/api/v0/endptjobs/", body)
+    assert status == 200, made
+    return name
+
+
+@pytest.fixture
+def workers(plane):
+    """Make played workers that end with the test."""
+    made: list[PlayedWorker] = []
+
+    def make(endpoint: str, **given) -> PlayedWorker:
+        made.append(PlayedWorker(plane, endpoint, **given))
+        return made[-1]
+
+    yield make
+    for worker in made:
+        if not worker._stop.is_set():
+            worker.die()
+        plane.call("DELETE", f"/v1/workers/{worker.id}")
+
+
+def route(plane, endpoint: str, **fields):
+    """(status, body) of one route call."""
+    return plane.call("POST", "/route/", {"endpoint": endpoint, "api_key": plane.key, **fields}, key="")
+
+
+def ready(plane, endpoint: str, **fields) -> dict:
+    status, body = route(plane, endpoint, **fields)
+    assert status == 200, body
+    assert "url" in body, body
+    return body
+
+
+def request_through_client(plane, endpoint: str, *, timeout: float = 30.0, **request) -> dict:
+    """One request by the unmodified client; its whole result."""
+    return run_vastai(
+        """
+        async with Serverless(KEY, autoscaler_url=BASE, webserver_url=BASE) as client:
+            endpoint = await client.get_endpoint(NAME)
+            RESULT = await endpoint.request("/generate/sync", {"input": {}}, timeout=TIMEOUT, **REQUEST)
+        """,
+        base=plane.base,
+        key=plane.key,
+        NAME=endpoint,
+        TIMEOUT=timeout,
+        REQUEST=request,
+    )
+
+
+def listed_state(plane, endpoint: str, worker: PlayedWorker) -> str:
+    _, rows = plane.call("GET", "/v1/workers")
+    return next(row["status"] for row in rows["workers"] if row["id"] == worker.id)
+
+
+def test_checklist_08_a_ready_worker_is_answered_with_all_auth_fields_and_called_at_once(plane, endpoint, workers):
+    worker = workers(endpoint)
+
+    began = time.monotonic()
+    result = request_through_client(plane, endpoint)
+
+    assert result["ok"] is True
+    assert set(result["auth_data"]) >= {"cost", "endpoint", "reqnum", "request_idx", "signature", "url"}
+    assert len(worker.calls) == 1
+    assert result["latency"] < 1.0, "the client slept before its first call"
+    assert time.monotonic() - began < 10.0
+
+
+def test_checklist_09_without_a_worker_the_answer_has_a_number_and_a_text_but_no_url(plane, endpoint):
+    status, body = route(plane, endpoint)
+    again_status, again = route(plane, endpoint, request_idx=body["request_idx"])
+
+    assert (status, again_status) == (200, 200)
+    assert "url" not in body
+    assert isinstance(body["request_idx"], int)
+    assert body["request_idx"] != 0
+    assert isinstance(body["status"], str)
+    assert again["request_idx"] == body["request_idx"]
+
+
+def test_checklist_10_a_request_keeps_its_number_and_two_requests_never_share_one(plane, endpoint):
+    _, one = route(plane, endpoint)
+    _, other = route(plane, endpoint)
+    polls = [route(plane, endpoint, request_idx=one["request_idx"])[1]["request_idx"] for _ in range(3)]
+
+    assert set(polls) == {one["request_idx"]}
+    assert one["request_idx"] != other["request_idx"]
+
+
+def test_checklist_12_no_state_of_an_endpoint_makes_a_route_call_fail(plane, workers):
+    for state in ("suspended", "stopped"):
+        name = make_endpoint(plane, f"in state {state}")
+        _, listing = plane.call("GET", "/api/v0/endptjobs/")
+        found = next(item for item in listing["results"] if item["endpoint_name"] == name)
+        plane.call("PUT", f"/api/v0/endptjobs/{found['id']}/", {"endpoint_state": state})
+
+        status, body = route(plane, name)
+
+        assert status == 200
+        assert "url" not in body
+    assert route(plane, "no such endpoint")[0] == 400
+    assert plane.call("POST", "/route/", {"endpoint": name, "api_key": "wrong"}, key="")[0] == 401
+    assert plane.call("POST", "/route/", {"cost": 1}, key="")[0] == 400
+
+
+def test_checklist_13_five_hundred_callers_at_once_are_each_answered_within_ten_seconds(plane, endpoint, workers):
+    workers(endpoint, score=1e9)
+    slowest = []
+
+    def one(_: int) -> int:
+        began = time.monotonic()
+        status, _body = route(plane, endpoint)
+        slowest.append(time.monotonic() - began)
+        return status
+
+    with concurrent.futures.ThreadPoolExecutor(max_workers=100) as callers:
+        statuses = set(callers.map(one, range(500)))
+
+    assert statuses == {200}
+    assert max(slowest) < 10.0
+
+
+def test_checklist_14_a_finished_or_rejected_request_that_comes_back_is_routed_again(plane, endpoint, workers):
+    worker = workers(endpoint)
+    first = ready(plane, endpoint)
+    worker.finish({"request_idx": first["request_idx"], "success": True, "status": "Success"})
+
+    second = ready(plane, endpoint, request_idx=first["request_idx"])
+
+    assert second["reqnum"] != first["reqnum"]
+    assert second["request_idx"] == first["request_idx"]
+
+
+def test_checklist_15_a_worker_nobody_reaches_is_left_out_and_the_loop_is_slowed_down(plane, endpoint, workers):
+    dead = workers(endpoint)
+    # Its reports still arrive (it is alive), but its address answers nobody.
+    dead._server.shutdown()
+    dead._server.server_close()
+
+    answer = run_vastai(
+        """
+        import vastai.serverless.client.connection as connection
+        asked, inner = [], connection._open_once
+
+        async def counted(**call):  # counts, changes nothing
+            if call["route"] == "/route/":
+                asked.append(time.time())
+            return await inner(**call)
+
+        connection._open_once = counted
+        async with Serverless(KEY, autoscaler_url=BASE, webserver_url=BASE) as client:
+            endpoint = await client.get_endpoint(NAME)
+            try:
+                await asyncio.wait_for(endpoint.request("/generate/sync", {"input": {}}), 5.0)
+            except BaseException as error:
+                RESULT = [type(error).__name__, len(asked)]
+        """,
+        base=plane.base,
+        key=plane.key,
+        NAME=endpoint,
+    )
+    first_again = ready(plane, endpoint)
+    _, second = route(plane, endpoint, request_idx=first_again["request_idx"])
+
+    assert answer[0] in ("TimeoutError", "CancelledError")
+    assert answer[1] < 20 * 5, "the throttle did not hold the client's loop"
+    assert "url" not in second, "the same request was sent to the same dead worker"
+
+
+def test_checklist_16_shares_follow_the_scores_within_ten_percent(plane, endpoint, workers):
+    slow, fast = workers(endpoint, score=1000.0), workers(endpoint, score=3000.0)
+
+    given: dict[str, float] = {slow.url: 0.0, fast.url: 0.0}
+    for number in range(240):
+        body = ready(plane, endpoint, cost=50 if number % 2 else 150)
+        given[body["url"]] += body["cost"]
+
+    share = given[fast.url] / sum(given.values())
+    assert 0.75 * 0.9 < share < 0.75 * 1.1
+
+
+def test_checklist_17_a_full_worker_gets_nothing_more_and_the_line_is_first_in_first_out(plane, endpoint, workers):
+    worker = workers(endpoint, score=10.0, reports=False)  # max_queue_time 30 s: full above 300 load units
+    worker.report()
+    taken = [route(plane, endpoint)[1] for _ in range(8)]
+    placed = [body for body in taken if "url" in body]
+    waiting = [body for body in taken if "url" not in body]
+    worker.report(working_request_idxs=[], num_requests_working=0, cur_load=0.0)
+    worker.finish(*({"request_idx": body["request_idx"], "success": True, "status": "Success"} for body in placed[:1]))
+
+    last_first = [route(plane, endpoint, request_idx=body["request_idx"])[1] for body in reversed(waiting)]
+
+    assert 3 <= len(placed) <= 5
+    assert waiting, "a full worker was given more"
+    served = [body["request_idx"] for body in last_first if "url" in body]
+    assert served == [waiting[0]["request_idx"]], "the one that waited longest goes first"
+
+
+def test_checklist_18_a_request_nobody_polls_for_is_dropped_from_the_line(plane, endpoint, workers):
+    _, gone = route(plane, endpoint, replay_timeout=1.0)
+    _, kept = route(plane, endpoint)
+    for _ in range(4):  # each poll is held for a moment: more than the first one's second goes by
+        route(plane, endpoint, request_idx=kept["request_idx"])
+    workers(endpoint, score=3.0)  # one job makes it full: 30 s of 3 load/s
+
+    answer = ready(plane, endpoint, request_idx=kept["request_idx"])
+
+    assert gone["request_idx"] < kept["request_idx"], "the dropped one stood before it"
+    assert answer["request_idx"] == kept["request_idx"]
+
+
+def test_checklist_19_old_bodies_work_and_what_we_add_comes_back_as_auth_data(plane, endpoint, workers):
+    workers(endpoint)
+
+    old = ready(plane, endpoint, some_unknown_key=[1, 2])
+    result = request_through_client(plane, endpoint)
+
+    assert old["request_idx"] > 0
+    assert result["auth_data"]["ticket"].count(".") == 2
+    assert "__request_id" in result["auth_data"]
+
+
+def test_checklist_20_an_unknown_endpoint_is_a_400_whose_text_the_client_raises(plane):
+    answer = run_vastai(
+        """
+        from vastai.serverless.client.endpoint import Endpoint
+        async with Serverless(KEY, autoscaler_url=BASE, webserver_url=BASE) as client:
+            endpoint = Endpoint(client, "nobody knows it", 1, KEY)
+            try:
+                await endpoint.request("/generate/sync", {"input": {}})
+            except RuntimeError as error:
+                RESULT = str(error)
+        """,
+        base=plane.base,
+        key=plane.key,
+    )
+
+    assert "nobody knows it" in answer
+
+
+def public_key(plane):
+    with urllib.request.urlopen(f"{plane.base}/pubkey/") as answer:
+        pem = answer.read()
+    return pem, serialization.load_pem_public_key(pem)
+
+
+def test_checklist_21_the_public_key_is_pem_and_survives_a_restart(tmp_path):
+    plane = ControlPlane(tmp_path / "own").start()
+    try:
+        before, key = public_key(plane)
+        plane.kill()
+        plane.start()
+        after, _ = public_key(plane)
+    finally:
+        plane.close()
+
+    assert before == after
+    assert key.key_size == 2048
+
+
+def test_checklist_22_the_signature_is_pkcs1_over_the_indented_json_of_the_url(plane, endpoint, workers):
+    worker = workers(endpoint)
+    body = ready(plane, endpoint)
+    _, key = public_key(plane)
+
+    message = json.dumps({"url": worker.url}, indent=4, sort_keys=True).encode()
+
+    key.verify(base64.b64decode(body["signature"]), message, padding.PKCS1v15(), hashes.SHA256())
+    assert message == b'{\n    "url": "' + worker.url.encode() + b'"\n}'
+
+
+def test_checklist_24_the_url_is_byte_for_byte_what_the_worker_reported(plane, endpoint, workers):
+    worker = workers(endpoint)
+
+    assert ready(plane, endpoint)["url"] == worker.url
+    assert not worker.url.endswith("/")
+
+
+def test_checklist_26_full_and_partial_reports_are_taken_and_a_wrong_token_changes_nothing(plane, endpoint, workers):
+    worker = workers(endpoint, reports=False)
+
+    partial = worker.plane.call(
+        "POST",
+        "/worker_status/",
+        {"id": worker.id, "mtoken": worker.mtoken, "error_msg": "", "version": "1.1.0"},
+        key="",
+    )[0]
+    refused = worker.report(mtoken="wrong")
+    state = listed_state(plane, endpoint, worker)
+
+    assert partial == 200
+    assert refused in (401, 403)
+    assert state != "idle"
+    assert worker.report() == 200
+
+
+def test_checklist_27_a_report_moves_a_worker_from_loading_to_ready_to_error_at_once(plane, endpoint, workers):
+    worker = workers(endpoint, reports=False)
+
+    worker.report(loadtime=0.0, max_perf=0.0)
+    loading = listed_state(plane, endpoint, worker)
+    worker.report()
+    idle = listed_state(plane, endpoint, worker)
+    worker.report(error_msg="CUDA error: out of memory")
+    broken = listed_state(plane, endpoint, worker)
+    _, body = route(plane, endpoint)
+
+    assert (loading, idle, broken) == ("model_loading", "idle", "error")
+    assert "url" not in body
+
+
+def test_checklist_28_a_loaded_worker_without_a_score_is_not_ready(plane, endpoint, workers):
+    worker = workers(endpoint, reports=False)
+
+    worker.report(max_perf=0.0)
+
+    assert listed_state(plane, endpoint, worker) != "idle"
+    assert "url" not in route(plane, endpoint)[1]
+
+
+def test_checklist_31_negative_disk_usage_and_unknown_fields_are_taken(plane, endpoint, workers):
+    worker = workers(endpoint, reports=False)
+
+    assert worker.report(additional_disk_usage=-1.5, a_field_of_next_year={"x": 1}) == 200
+
+
+def test_checklist_32_finished_requests_are_taken_in_both_forms_and_as_often_as_they_come(plane, endpoint, workers):
+    worker = workers(endpoint, score=100.0, reports=False)
+    worker.report()
+    one, two = ready(plane, endpoint), ready(plane, endpoint)
+    old_form = {"worker_id": worker.id, "mtoken": worker.mtoken, "request_idxs": [one["request_idx"]], "success": True}
+
+    statuses = [plane.call("POST", "/delete_requests/", old_form, key="")[0] for _ in range(2)]
+    statuses += [worker.finish({"request_idx": two["request_idx"], "success": True}, {"request_idx": 999_999_999})]
+    _, rows = plane.call("GET", "/v1/workers")
+
+    assert statuses == [200, 200, 200]
+    assert next(row["reqs_working"] for row in rows["workers"] if row["id"] == worker.id) == 0
+
+
+def test_checklist_33_a_rejected_request_is_routable_again_and_a_cancelled_one_frees_its_place(
+    plane, endpoint, workers
+):
+    full, free = workers(endpoint, score=5.0), workers(endpoint, score=5.0)
+    first = ready(plane, endpoint)
+    by_url = {full.url: full, free.url: free}
+    refusing = by_url.pop(first["url"])
+    refusing.finish({"request_idx": first["request_idx"], "success": False, "status": "Rejected"})
+
+    second = ready(plane, endpoint, request_idx=first["request_idx"])
+    by_url[second["url"]].finish({"request_idx": second["request_idx"], "success": True, "status": "Cancelled"})
+    _, rows = plane.call("GET", "/v1/workers")
+
+    assert second["url"] in by_url, "the retry went back to the worker that refused it"
+    assert sum(row["reqs_working"] for row in rows["workers"] if row["id"] in (full.id, free.id)) == 0
+
+
+def test_checklist_39_a_worker_that_is_full_sends_the_retry_to_another_and_the_job_runs_once(plane, endpoint, workers):
+    executed = []
+    lock = threading.Lock()
+
+    def busy(call):
+        return 429, {}
+
+    def able(call):
+        with lock:
+            executed.append(call)
+        return 200, {"done": True}
+
+    workers(endpoint, score=10.0, answer=busy)
+    workers(endpoint, score=5.0, answer=able)
+
+    result = request_through_client(plane, endpoint, timeout=40.0)
+
+    assert result["ok"] is True
+    assert result["response"] == {"done": True}
+    assert len(executed) == 1
+
+
+def test_checklist_40_a_worker_killed_in_mid_job_leaves_routing_and_the_job_ends_elsewhere(plane, endpoint, workers):
+    in_job, other_side = threading.Event(), threading.Event()
+
+    def hang(call):
+        in_job.set()
+        other_side.wait(20)
+        return 200, {"who": "first"}
+
+    first = workers(endpoint, score=10.0, answer=hang)
+    workers(endpoint, score=5.0, answer=lambda call: (200, {"who": "second"}))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        future = pool.submit(request_through_client, plane, endpoint, timeout=60.0)
+        assert in_job.wait(20)
+        first.die()
+        other_side.set()
+        result = future.result()
+
+    assert result["response"] == {"who": "second"}
+    assert ready(plane, endpoint)["url"] != first.url
