@@ -57,14 +57,14 @@ def queue_target(
     can only help with what is left after `lead_s`; that is to be begun within `target_queue_time`. A job runs on one
     worker, so there is no sense in more of them than jobs that would still wait then.
     """
-    waiting = demand.waiting_cost
-    if not demand.waiting or waiting <= 0:
+    waiting = max(demand.waiting_cost, float(demand.waiting))  # a caller's cost of 0 is still a job
+    if not demand.waiting:
         return 0.0
     limit_s = max(policy.target_queue_time, 0.1)
     if ready > 0 and (waiting + backlog) / ready <= limit_s:
         return 0.0
     left = max(0.0, waiting + backlog - ready * lead_s)
-    jobs_left = left / (waiting / demand.waiting)
+    jobs_left = left / max(waiting / demand.waiting, 1.0)
     extra = min(left / limit_s, jobs_left * perf)
     return ready + extra if extra > 0 else 0.0
 
@@ -89,4 +89,4 @@ def is_quiet(policy: ScalePolicy, *, idle_s: float, wake_s: float) -> bool:
 
 def workers_for(load: float, perf: float) -> int:
     """How many workers of that score carry that load/s. Load of exactly one worker's score over 0.9 takes two."""
-    return math.ceil(load / perf - 1e-9) if load > 0 else 0
+    return math.ceil(min(load / max(perf, 1e-6), 1e6) - 1e-9) if load > 0 else 0
