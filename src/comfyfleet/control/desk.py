@@ -5,8 +5,9 @@ holds on to `RouteTicket.changed`. What the desk is not: it chooses no worker (`
 
 A returning request is one whose caller came back after it had its worker. It goes back to that worker as long as the
 worker still lists it (the repeat joins the running job). If it comes back from there too, or the worker never heard of
-it, the worker is left out for this request for a while, and in quarantine for all after a second strike. Returns are
-answered more and more slowly, so a caller in a tight loop costs next to nothing.
+it, the worker is left out for this request for a while, and for everybody until it reports again; after a second
+strike it is in quarantine. Returns are answered more and more slowly, so a caller in a tight loop costs next to
+nothing.
 """
 
 from __future__ import annotations
@@ -327,6 +328,7 @@ class Desk:
     def _strike(self, worker_id: int, now: float) -> None:
         before = self._strikes.get(worker_id)
         self._strikes[worker_id] = now
+        self._workers.suspect(worker_id, now)
         if before is not None and now - before < STRIKE_WINDOW_S:
             self._workers.quarantine(worker_id, now)
 

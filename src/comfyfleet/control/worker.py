@@ -65,6 +65,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     flag: str = ""  # why its score is doubted, or ""
     failures: int = 0  # starts in a row that did not end ready
     jobs_done: int = 0
+    is_suspect: bool = False  # somebody could not reach it, and it has not reported since
     quarantined_until: float = 0.0
     quarantines: int = 0  # in a row
     price_hour: float = 0.0
@@ -127,6 +128,7 @@ def fold_report(worker: Worker, report: WorkerStatusReport, now: float) -> Worke
         version=report.version or worker.version,
         stage=report.stage or worker.stage,
         stage_detail=report.stage_detail,
+        is_suspect=False,
     )
     return to_state(folded, after_report(worker.state, report), now)
 
@@ -136,6 +138,7 @@ def is_routable(worker: Worker, now: float) -> bool:
     return (
         worker.state is WorkerState.IDLE
         and not worker.intent
+        and not worker.is_suspect
         and bool(worker.url)
         and worker.measured_perf > 0
         and now - worker.last_report_at < SILENT_AFTER_S

@@ -150,6 +150,10 @@ class Workers:
         order = self._by_endpoint[worker.endpoint_id]
         order[worker_id] = order.pop(worker_id)
 
+    def suspect(self, worker_id: int, now: float) -> None:
+        """Somebody could not reach it: out of routing until it reports again."""
+        self.change(worker_id, now, is_suspect=True)
+
     def quarantine(self, worker_id: int, now: float) -> None:
         """Nobody could reach it: out of routing, longer each time in a row; `vouch` ends the row."""
         worker = self._workers[worker_id]

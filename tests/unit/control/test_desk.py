@@ -113,10 +113,10 @@ async def test_numbers_and_places_survive_a_restart_of_the_control_plane(tmp_pat
 
 
 async def test_a_returning_request_joins_the_worker_that_lists_it_and_leaves_it_when_it_bounces(tmp_path):
-    world = await a_world_with(tmp_path, 10.0, 5.0)
+    world = await a_world_with(tmp_path, 100.0, 50.0)
     first = world.ask()
     assert first.worker_id == 1
-    world.report(1, score=10.0, working=(first.answer.request_idx,))
+    world.report(1, score=100.0, working=(first.answer.request_idx,))
 
     joined = come_back(world, first.answer.request_idx)
     elsewhere = come_back(world, first.answer.request_idx)
