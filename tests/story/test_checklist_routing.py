@@ -1,4 +1,4 @@
-"""Statements 8-34, 39 and 40 of the protocol's checklist: a real control plane, the real client, played workers."""
+"""Statements 8-24, 39 and 40 of the protocol's checklist: a real control plane, the real client, played workers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding
 
 from support.control_plane import ControlPlane
-from support.played_worker import PlayedWorker
+from support.routing_calls import make_endpoint, played_workers, ready, request_through_client, route
 from support.vastai import run_vastai
 
 pytestmark = pytest.mark.slow
@@ -33,60 +33,10 @@ def endpoint(plane, request):
     return make_endpoint(plane, request.node.name)
 
 
-def make_endpoint(plane, name: str, **fields) -> str:
-    body = {"endpoint_name": name, "cold_workers": 0, "min_load": 0.0, **fields}
-    status, made = plane.call("POST", "/api/v0/endptjobs/", body)
-    assert status == 200, made
-    return name
-
-
 @pytest.fixture
 def workers(plane):
-    """Make played workers that end with the test."""
-    made: list[PlayedWorker] = []
-
-    def make(endpoint: str, **given) -> PlayedWorker:
-        made.append(PlayedWorker(plane, endpoint, **given))
-        return made[-1]
-
-    yield make
-    for worker in made:
-        if not worker._stop.is_set():
-            worker.die()
-        plane.call("DELETE", f"/v1/workers/{worker.id}")
-
-
-def route(plane, endpoint: str, **fields):
-    """(status, body) of one route call."""
-    return plane.call("POST", "/route/", {"endpoint": endpoint, "api_key": plane.key, **fields}, key="")
-
-
-def ready(plane, endpoint: str, **fields) -> dict:
-    status, body = route(plane, endpoint, **fields)
-    assert status == 200, body
-    assert "url" in body, body
-    return body
-
-
-def request_through_client(plane, endpoint: str, *, timeout: float = 30.0, **request) -> dict:
-    """One request by the unmodified client; its whole result."""
-    return run_vastai(
-        """
-        async with Serverless(KEY, autoscaler_url=BASE, webserver_url=BASE) as client:
-            endpoint = await client.get_endpoint(NAME)
-            RESULT = await endpoint.request("/generate/sync", {"input": {}}, timeout=TIMEOUT, **REQUEST)
-        """,
-        base=plane.base,
-        key=plane.key,
-        NAME=endpoint,
-        TIMEOUT=timeout,
-        REQUEST=request,
-    )
-
-
-def listed_state(plane, endpoint: str, worker: PlayedWorker) -> str:
-    _, rows = plane.call("GET", "/v1/workers")
-    return next(row["status"] for row in rows["workers"] if row["id"] == worker.id)
+    with played_workers(plane) as make:
+        yield make
 
 
 def test_checklist_08_a_ready_worker_is_answered_with_all_auth_fields_and_called_at_once(plane, endpoint, workers):
@@ -310,85 +260,6 @@ def test_checklist_24_the_url_is_byte_for_byte_what_the_worker_reported(plane, e
 
     assert ready(plane, endpoint)["url"] == worker.url
     assert not worker.url.endswith("/")
-
-
-def test_checklist_26_full_and_partial_reports_are_taken_and_a_wrong_token_changes_nothing(plane, endpoint, workers):
-    worker = workers(endpoint, reports=False)
-
-    partial = worker.plane.call(
-        "POST",
-        "/worker_status/",
-        {"id": worker.id, "mtoken": worker.mtoken, "error_msg": "", "version": "1.1.0"},
-        key="",
-    )[0]
-    refused = worker.report(mtoken="wrong")
-    state = listed_state(plane, endpoint, worker)
-
-    assert partial == 200
-    assert refused in (401, 403)
-    assert state != "idle"
-    assert worker.report() == 200
-
-
-def test_checklist_27_a_report_moves_a_worker_from_loading_to_ready_to_error_at_once(plane, endpoint, workers):
-    worker = workers(endpoint, reports=False)
-
-    worker.report(loadtime=0.0, max_perf=0.0)
-    loading = listed_state(plane, endpoint, worker)
-    worker.report()
-    idle = listed_state(plane, endpoint, worker)
-    worker.report(error_msg="CUDA error: out of memory")
-    broken = listed_state(plane, endpoint, worker)
-    _, body = route(plane, endpoint)
-
-    assert (loading, idle, broken) == ("model_loading", "idle", "error")
-    assert "url" not in body
-
-
-def test_checklist_28_a_loaded_worker_without_a_score_is_not_ready(plane, endpoint, workers):
-    worker = workers(endpoint, reports=False)
-
-    worker.report(max_perf=0.0)
-
-    assert listed_state(plane, endpoint, worker) != "idle"
-    assert "url" not in route(plane, endpoint)[1]
-
-
-def test_checklist_31_negative_disk_usage_and_unknown_fields_are_taken(plane, endpoint, workers):
-    worker = workers(endpoint, reports=False)
-
-    assert worker.report(additional_disk_usage=-1.5, a_field_of_next_year={"x": 1}) == 200
-
-
-def test_checklist_32_finished_requests_are_taken_in_both_forms_and_as_often_as_they_come(plane, endpoint, workers):
-    worker = workers(endpoint, score=100.0, reports=False)
-    worker.report()
-    one, two = ready(plane, endpoint), ready(plane, endpoint)
-    old_form = {"worker_id": worker.id, "mtoken": worker.mtoken, "request_idxs": [one["request_idx"]], "success": True}
-
-    statuses = [plane.call("POST", "/delete_requests/", old_form, key="")[0] for _ in range(2)]
-    statuses += [worker.finish({"request_idx": two["request_idx"], "success": True}, {"request_idx": 999_999_999})]
-    _, rows = plane.call("GET", "/v1/workers")
-
-    assert statuses == [200, 200, 200]
-    assert next(row["reqs_working"] for row in rows["workers"] if row["id"] == worker.id) == 0
-
-
-def test_checklist_33_a_rejected_request_is_routable_again_and_a_cancelled_one_frees_its_place(
-    plane, endpoint, workers
-):
-    full, free = workers(endpoint, score=5.0), workers(endpoint, score=5.0)
-    first = ready(plane, endpoint)
-    by_url = {full.url: full, free.url: free}
-    refusing = by_url.pop(first["url"])
-    refusing.finish({"request_idx": first["request_idx"], "success": False, "status": "Rejected"})
-
-    second = ready(plane, endpoint, request_idx=first["request_idx"])
-    by_url[second["url"]].finish({"request_idx": second["request_idx"], "success": True, "status": "Cancelled"})
-    _, rows = plane.call("GET", "/v1/workers")
-
-    assert second["url"] in by_url, "the retry went back to the worker that refused it"
-    assert sum(row["reqs_working"] for row in rows["workers"] if row["id"] in (full.id, free.id)) == 0
 
 
 def test_checklist_39_a_worker_that_is_full_sends_the_retry_to_another_and_the_job_runs_once(plane, endpoint, workers):

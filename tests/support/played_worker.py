@@ -77,6 +77,10 @@ class PlayedWorker:
         body = {"worker_id": self.id, "mtoken": self.mtoken, "requests": list(requests)}
         return self.plane.call("POST", "/delete_requests/", body, key="")[0]
 
+    @property
+    def is_dead(self) -> bool:
+        return self._stop.is_set()
+
     def die(self) -> None:
         """The machine is gone: no reports, connections refused, running answers cut off."""
         self._stop.set()
