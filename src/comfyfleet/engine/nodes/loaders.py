@@ -16,6 +16,8 @@ from comfyfleet.engine.values import AudioAutoencoder, Autoencoder, DiffusionMod
 
 NODES = NodeRegistry()
 
+LORA_DESCRIPTION = "Changes a model's weights by a small extra file; several follow each other."
+
 # All types of ComfyUI 0.3.64, so that its workflows are checked alike; those without a model here are refused by name.
 TEXT_ENCODER_TYPES = (
     "stable_diffusion", "stable_cascade", "sd3", "stable_audio", "mochi", "ltxv", "pixart", "cosmos", "lumina2", "wan",
@@ -30,12 +32,12 @@ def strength(**details: Any) -> Input:
 @NODES.node(
     "CheckpointLoaderSimple",
     inputs={
-        "ckpt_name": choice(ModelFiles("checkpoints"), tooltip="The name of the checkpoint (model) to load."),
+        "ckpt_name": choice(ModelFiles("checkpoints"), tooltip="An all-in-one file of the checkpoints folder."),
     },
     outputs=["MODEL", "CLIP", "VAE"],
     category="loaders",
     display_name="Load Checkpoint",
-    description="Loads a diffusion model checkpoint, diffusion models are used to denoise latents.",
+    description="Opens an all-in-one file: diffusion model, text encoder and autoencoder.",
 )
 def checkpoint_loader(
     run: NodeRun, *, ckpt_name: str
@@ -88,19 +90,16 @@ def vae_loader(run: NodeRun, *, vae_name: str) -> tuple[Autoencoder]:
 @NODES.node(
     "LoraLoader",
     inputs={
-        "model": link("MODEL", tooltip="The diffusion model the LoRA will be applied to."),
-        "clip": link("CLIP", tooltip="The CLIP model the LoRA will be applied to."),
-        "lora_name": choice(ModelFiles("loras"), tooltip="The name of the LoRA."),
-        "strength_model": strength(tooltip="How strongly to modify the diffusion model. This value can be negative."),
-        "strength_clip": strength(tooltip="How strongly to modify the CLIP model. This value can be negative."),
+        "model": link("MODEL", tooltip="The diffusion model to change."),
+        "clip": link("CLIP", tooltip="The text encoder to change."),
+        "lora_name": choice(ModelFiles("loras"), tooltip="A file of the loras folder."),
+        "strength_model": strength(tooltip="How much of the change the diffusion model gets; may be negative."),
+        "strength_clip": strength(tooltip="How much of the change the text encoder gets; may be negative."),
     },
     outputs=["MODEL", "CLIP"],
     category="loaders",
     display_name="Load LoRA",
-    description=(
-        "LoRAs are used to modify diffusion and CLIP models, altering the way in which latents are denoised such as "
-        "applying styles. Multiple LoRA nodes can be linked together."
-    ),
+    description=LORA_DESCRIPTION,
 )
 def lora_loader(
     run: NodeRun,
@@ -125,10 +124,7 @@ def lora_loader(
     },
     outputs=["MODEL"],
     category="loaders",
-    description=(
-        "LoRAs are used to modify diffusion and CLIP models, altering the way in which latents are denoised such as "
-        "applying styles. Multiple LoRA nodes can be linked together."
-    ),
+    description=LORA_DESCRIPTION,
 )
 def lora_loader_model_only(
     run: NodeRun, *, model: DiffusionModel, lora_name: str, strength_model: float

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from comfyfleet.engine.models.open_file import stop_at_layer
-from comfyfleet.engine.registry import NodeRegistry, NodeRun, integer, link, text
+from comfyfleet.engine.registry import Input, NodeRegistry, NodeRun, integer, link
 from comfyfleet.engine.values import Conditioning, TextEncoder
 
 NODES = NodeRegistry()
@@ -12,16 +12,16 @@ NODES = NodeRegistry()
 @NODES.node(
     "CLIPTextEncode",
     inputs={
-        "text": text(multiline=True, dynamicPrompts=True, tooltip="The text to be encoded."),
-        "clip": link("CLIP", tooltip="The CLIP model used for encoding the text."),
+        "text": Input(
+            kind="STRING",
+            details={"multiline": True, "dynamicPrompts": True, "tooltip": "The prompt; (words:1.2) weigh more."},
+        ),
+        "clip": link("CLIP", tooltip="The text encoder."),
     },
     outputs=["CONDITIONING"],
     category="conditioning",
     display_name="CLIP Text Encode (Prompt)",
-    description=(
-        "Encodes a text prompt using a CLIP model into an embedding that can be used to guide the diffusion model "
-        "towards generating specific images."
-    ),
+    description="Turns a prompt into what guides a diffusion model.",
 )
 def clip_text_encode(run: NodeRun, *, text: str, clip: TextEncoder) -> tuple[Conditioning]:
     return ((clip.encode(text),),)
