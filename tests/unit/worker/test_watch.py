@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from comfyfleet.worker.engines.client import EngineEvent, EventData, refusal
+from comfyfleet.worker.engines.client import EngineEvent, EventData, Preview, read_picture, refusal
 from comfyfleet.worker.engines.faults import FaultKind
 from comfyfleet.worker.engines.reach import told_folders
 from comfyfleet.worker.engines.watch import PromptWatch, SilenceLimits
@@ -93,3 +93,14 @@ async def test_an_engine_on_this_machine_tells_its_folders_and_one_elsewhere_doe
     assert str(folders["input"]) == "/in"
     assert told_folders(stats, "http://gpu-7:8188") is None
     assert told_folders({"system": {}}, "http://127.0.0.1:8188") is None
+
+
+async def test_pictures_on_the_way_are_read_in_both_of_comfyuis_forms():
+    old = (1).to_bytes(4, "big") + (2).to_bytes(4, "big") + b"PNG"
+    told = b'{"prompt_id": "p", "image_type": "image/jpeg"}'
+    new = (4).to_bytes(4, "big") + len(told).to_bytes(4, "big") + told + b"JPEG"
+
+    assert read_picture(old) == ("", Preview(mime="image/png", data=b"PNG"))
+    assert read_picture(new) == ("p", Preview(mime="image/jpeg", data=b"JPEG"))
+    assert read_picture((3).to_bytes(4, "big") + b"text-of-a-node") is None
+    assert read_picture(b"") is None

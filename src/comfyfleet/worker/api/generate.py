@@ -6,6 +6,7 @@ the engine's own time, and no more.
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -29,7 +30,7 @@ log = structlog.get_logger()
 _PING_S = 15.0
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
-_FALSE = ("0", "false", "no", "off")
+_FALSE = ("0", "false", "no", "off", "")
 
 
 class GenerateRoutes:
@@ -50,7 +51,7 @@ class GenerateRoutes:
         try:
             headers = Headers(scope=scope)
             request = parse_body(await read_body(receive, headers, self._max_body_bytes))
-            if headers.get("x-return-outputs-as-base64", "0").lower() not in ("0", "false", "no", "off", ""):
+            if headers.get("x-return-outputs-as-base64", "0").lower() not in _FALSE:
                 request = msgspec.structs.replace(request, return_outputs_as_base64=True)
             await self.paths[scope["path"]](request, headers, scope, receive, send)
         except FleetError as error:
@@ -95,20 +96,27 @@ class GenerateRoutes:
         await self.follow(job, headers)(scope, receive, send)
 
     def follow(self, job: Job, headers: Headers) -> StreamingResponse:
-        """The job's log as server-sent events, from after `Last-Event-ID`, the result last."""
+        """The job's log as server-sent events, from after `Last-Event-ID`, the result last.
+
+        `X-Include-Previews: 1` puts the latest small picture into progress frames, where the engine makes any.
+        """
         last = headers.get("last-event-id", "")
         after = int(last) if last.isascii() and last.isdigit() and len(last) < 10 else 0
         return StreamingResponse(
-            self._frames(job, after, self.wants_full(headers)),
+            self._frames(job, after, self.wants_full(headers), headers.get("x-include-previews", "0") not in _FALSE),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
 
-    async def _frames(self, job: Job, after: int, full: bool) -> AsyncIterator[bytes]:
+    async def _frames(self, job: Job, after: int, full: bool, previews: bool) -> AsyncIterator[bytes]:
         job.callers += 1
         try:
             async for event in self._service.events(job, after=after):
-                yield sse_frame(_encode(self._frame(job, event)), event_id=str(event.number))
+                frame = self._frame(job, event)
+                if previews and event.progress is not None and job.watch is not None and job.watch.preview is not None:
+                    picture = job.watch.preview
+                    frame["preview"] = f"data:{picture.mime};base64,{b64encode(picture.data).decode()}"
+                yield sse_frame(_encode(frame), event_id=str(event.number))
             await job.done.wait()
             if job.finished is not None:
                 result = {"status": "final_result", "result": msgspec.Raw(slimmed(job.finished.body, full))}

@@ -44,6 +44,13 @@ class EventData(msgspec.Struct, frozen=True, kw_only=True):
     max: float | None = None
 
 
+class Preview(msgspec.Struct, frozen=True, kw_only=True):
+    """A small picture of a render on its way."""
+
+    mime: str
+    data: bytes
+
+
 class EngineEvent(msgspec.Struct, frozen=True, kw_only=True):
     """One JSON frame of the socket."""
 
@@ -86,7 +93,7 @@ _event_decoder = msgspec.json.Decoder(EngineEvent)
 _history_decoder = msgspec.json.Decoder(dict[str, HistoryEntry])
 _accepted_decoder = msgspec.json.Decoder(Accepted)
 
-Listener = Callable[[EngineEvent], None]
+Listener = Callable[[EngineEvent | Preview], None]
 
 
 class EngineClient:
@@ -127,10 +134,15 @@ class EngineClient:
             wait_s = min(wait_s * 2, _RECONNECT_CAP_S)
 
     async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        await socket.send_str(_FEATURES)
+        speaker = ""  # the prompt of the last progress: pictures of an older ComfyUI name none
         async for message in socket:
+            self.last_heard = self._clock.monotonic()
+            if message.type is aiohttp.WSMsgType.BINARY:
+                self._hear_picture(message.data, speaker)
+                continue
             if message.type is not aiohttp.WSMsgType.TEXT:
                 continue
-            self.last_heard = self._clock.monotonic()
             # The first frame is a status: only after it is this id known to the engine.
             if not self.connected.is_set():
                 self.connected.set()
@@ -138,9 +150,20 @@ class EngineClient:
                 event = _event_decoder.decode(message.data)
             except msgspec.MsgspecError:
                 continue  # an event of a custom node, in a shape of its own
+            if event.type == "progress":
+                speaker = event.data.prompt_id or ""
             listener = self._listeners.get(event.data.prompt_id or "")
             if listener is not None:
                 listener(event)
+
+    def _hear_picture(self, frame: bytes, speaker: str) -> None:
+        found = read_picture(frame)
+        if found is None:
+            return
+        prompt_id, preview = found
+        listener = self._listeners.get(prompt_id or speaker)
+        if listener is not None:
+            listener(preview)
 
     async def until_connected(self, limit_s: float) -> None:
         """Wait for the socket, but not for ever: without it a job loses its progress, not its end."""
@@ -250,6 +273,27 @@ class EngineClient:
 
     def _new_client_id(self) -> str:
         return f"comfyfleet_{self._ids.request_id()}"
+
+
+_FEATURES = _encode({"type": "feature_flags", "data": {"supports_preview_metadata": True}}).decode()
+_PICTURE, _PICTURE_WITH_METADATA = 1, 4
+_MIMES = {1: "image/jpeg", 2: "image/png"}
+
+
+def read_picture(frame: bytes) -> tuple[str, Preview] | None:
+    """(prompt id or "", picture) of a binary frame, or None. Layout: two big-endian numbers, then data."""
+    if len(frame) < 8:
+        return None
+    event, second = int.from_bytes(frame[:4], "big"), int.from_bytes(frame[4:8], "big")
+    if event == _PICTURE:
+        return "", Preview(mime=_MIMES.get(second, "image/jpeg"), data=frame[8:])
+    if event == _PICTURE_WITH_METADATA:
+        try:
+            told = msgspec.json.decode(frame[8 : 8 + second])
+            return str(told["prompt_id"]), Preview(mime=str(told["image_type"]), data=frame[8 + second :])
+        except (msgspec.MsgspecError, KeyError, TypeError):
+            return None
+    return None
 
 
 _JSON = {"Content-Type": "application/json"}

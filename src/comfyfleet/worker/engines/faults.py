@@ -53,8 +53,10 @@ class Remedy(StrEnum):
     RESTART_AND_FAIL = "restart_and_fail"
 
 
-# Attempts that may end this way before the job itself fails. A lost engine: "re-run once elsewhere".
+# Runs of a job that may end badly before the job itself does: once more, elsewhere. A process that vanished may have
+# been anybody's doing, so a job is blamed for it only after three.
 _RETRIES = 1
+_RETRIES_WHEN_LOST = 3
 _DEVICE = re.compile(
     r"device-side assert|CUDA error|cuda runtime error|CUBLAS_STATUS|CUDNN_STATUS|illegal memory access|"
     r"misaligned address|unspecified launch failure|Xid|ECC error|device is lost|hipError",
@@ -90,7 +92,7 @@ def kind_of_node_error(exception_type: str, message: str) -> FaultKind:
 
 def remedy_for(kind: FaultKind, earlier: tuple[FaultKind, ...]) -> Remedy:
     """The remedy for a run that ended with `kind`, when this job's earlier runs ended with `earlier`."""
-    may_retry = len(earlier) < _RETRIES
+    may_retry = len(earlier) < (_RETRIES_WHEN_LOST if kind is FaultKind.ENGINE_LOST else _RETRIES)
     match kind:
         case FaultKind.NODE_ERROR | FaultKind.DISK_FULL:
             return Remedy.FAIL

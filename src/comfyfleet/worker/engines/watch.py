@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 
 from comfyfleet.clock import Clock
-from comfyfleet.worker.engines.client import EngineEvent
+from comfyfleet.worker.engines.client import EngineEvent, Preview
 from comfyfleet.worker.engines.faults import FaultKind
 from comfyfleet.worker.engines.vitals import is_stalled
 
@@ -50,12 +50,16 @@ class PromptWatch:
         self.executed: list[str] = []
         self.updates: list[dict[str, Any]] = []
         self.step: tuple[float, float] | None = None
+        self.preview: Preview | None = None
         self.hint = anyio.Event()
         self.lost: FaultKind | None = None
 
-    def hear(self, event: EngineEvent) -> None:
+    def hear(self, event: EngineEvent | Preview) -> None:
         """One event of this prompt, from the socket."""
         now = self.last_heard = self._clock.monotonic()
+        if isinstance(event, Preview):
+            self.preview = event
+            return
         kind, data = event.type, event.data
         if kind == "progress" and data.value is not None and data.max:
             self.step = (data.value, data.max)
