@@ -13,6 +13,7 @@ from comfyfleet.clock import Clock
 from comfyfleet.wire.errors import FleetError
 from comfyfleet.wire.workflow import Graph
 from comfyfleet.worker.engines.client import EngineGone
+from comfyfleet.worker.engines.meeting import meet
 from comfyfleet.worker.engines.pool import EnginePool, EngineSlot
 from comfyfleet.worker.job import Job
 from comfyfleet.worker.stages.prepare import build_graph
@@ -40,6 +41,7 @@ async def whose(pool: EnginePool, prompt_ids: Sequence[str], clock: Clock) -> di
     for slot in pool.slots:
         while not slot.owned:
             try:
+                await meet(slot)
                 # Queue, history, queue: between the first two a prompt may be in neither.
                 before = await slot.client.queue()
                 done = {one for one in prompt_ids if await slot.client.history(one) is not None}

@@ -356,6 +356,9 @@ class JobService:
             elif slot is not None:
                 self._tasks.start_soon(self._run_job, job, slot)
             else:
+                # Whatever became of its prompt, it is not there any more: another run, another id.
+                job.prompt_id = self._ids.request_id()
+                await self._journal.attempt(job)
                 self._line.add(job)
         self._start_next()
 

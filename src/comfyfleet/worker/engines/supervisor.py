@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
-import msgspec
 import structlog
 
 from comfyfleet.clock import Clock
@@ -19,9 +18,9 @@ from comfyfleet.ids import Ids
 from comfyfleet.worker.engines import canary, process
 from comfyfleet.worker.engines.client import EngineGone, wait_until_answering
 from comfyfleet.worker.engines.faults import FaultKind
+from comfyfleet.worker.engines.meeting import meet
 from comfyfleet.worker.engines.pool import EnginePool, EngineSlot, EngineState
 from comfyfleet.worker.engines.process import EngineProcess
-from comfyfleet.worker.engines.reach import told_folders
 from comfyfleet.worker.engines.vitals import Vitals, is_worker_dead
 
 log = structlog.get_logger()
@@ -29,7 +28,6 @@ log = structlog.get_logger()
 DEVICE_FAULTS_ALLOWED = 1
 START_TIMEOUT_S = 600.0
 _WATCH_S = 1.0
-_SOCKET_S = 5.0
 _PROBE_S = 2.0
 _BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _STEADY_S = 60.0  # a process that lived this long starts the backoff afresh
@@ -115,7 +113,7 @@ class Supervisor:
         if waiting.cancelled_caught:
             raise _Ended(FaultKind.ENGINE_LOST, f"no answer within {START_TIMEOUT_S:g} s")
         child.threads_at_ready = child.threads()
-        await self._meet(slot)
+        await meet(slot)
         self._set(slot, EngineState.READY, "")
 
     async def _watch_vitals(self, slot: EngineSlot, child: EngineProcess) -> None:
@@ -158,7 +156,7 @@ class Supervisor:
                 await self._clock.sleep(_PROBE_S)
                 continue
             slot.restart_wanted, slot.restart_kind = anyio.Event(), None
-            await self._meet(slot)
+            await meet(slot)
             self._set(slot, EngineState.READY, "")
             self._set(slot, EngineState.UNREACHABLE, await self._until_unwell(slot))
 
@@ -173,20 +171,6 @@ class Supervisor:
                     await slot.client.queue()
             except (EngineGone, TimeoutError) as gone:
                 return str(gone) or "no answer"
-
-    async def _meet(self, slot: EngineSlot) -> None:
-        """Ask the engine what it is; its socket is open by then."""
-        await slot.client.until_connected(_SOCKET_S)
-        try:
-            stats = await slot.client.system_stats()
-        except (EngineGone, msgspec.MsgspecError):
-            slot.version = slot.version or "unknown"
-            return
-        slot.version = str((stats.get("system") or {}).get("comfyui_version") or "unknown")
-        if not slot.owned:
-            folders = told_folders(stats, slot.client.base_url)
-            slot.is_remote = folders is None and not slot.folders["output"].is_dir()
-            slot.folders = folders or slot.folders
 
     def _set(self, slot: EngineSlot, state: EngineState, reason: str) -> None:
         if (slot.state, slot.reason) == (state, reason):
