@@ -36,6 +36,7 @@ def values_of(graph, folders, only=None):
                 extra_pnginfo={},
                 device="cpu",
                 progress=lambda *_: None,
+                check_stop=lambda: None,
                 commit=folders.commit,
             )
             result = registry[node["class_type"]].function(run, **inputs)
