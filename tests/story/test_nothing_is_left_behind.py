@@ -21,7 +21,7 @@ async def start_a_long_render(machine: Machine, scope: anyio.CancelScope) -> Non
     """Returns once the engine is sampling; the request is left hanging."""
     async with Serverless(machine.key, url=machine.url) as client:
         endpoint = await client.get_endpoint(name="comfyui-json")
-        payload = document_payload(small_song(steps=10_000))
+        payload = document_payload(small_song(steps=1_000))  # some seconds: a restarted worker renders it to its end
         await endpoint.request(
             "/generate/sync", payload, on_progress=lambda shown: scope.cancel() if shown["percentage"] > 0 else None
         )
