@@ -7,6 +7,7 @@ never matches an existing file, so such runs start at 00001 again and overwrite.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from datetime import datetime
 
@@ -44,15 +45,16 @@ def split_prefix(prefix: str) -> tuple[str, str, int]:
 
 
 def next_counter(listing: Iterable[str], name: str, matched_length: int) -> int:
-    """One more than the highest number among the files that have this name."""
-    highest = 0
-    for existing in listing:
-        if existing[:matched_length] != name or existing[matched_length : matched_length + 1] != "_":
-            continue
-        digits = existing[matched_length + 1 :].split("_")[0]
-        if digits.isascii() and digits.isdigit():
-            highest = max(highest, int(digits))
-    return highest + 1
+    """One more than the highest number among the files that have this name.
+
+    ComfyUI compares the first `matched_length` characters of each file with the name, so a prefix that ends in a slash
+    or holds a token matches nothing, and counts from 1.
+    """
+    if matched_length != len(name):
+        return 1
+    # One search through all names: folders of many thousand files are listed at each save.
+    numbers = re.findall(rf"^{re.escape(name)}_([0-9]+)(?:_|$)", "\n".join(listing), re.MULTILINE)
+    return 1 + max(map(int, numbers), default=0)
 
 
 def file_name(name: str, counter: int, extension: str, batch_number: int) -> str:
