@@ -30,12 +30,13 @@ class NodeStarted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class NodeProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A step. `preview` is a JPEG, no larger than 512 pixels a side."""
+    """A step. `preview` is a JPEG of 512 pixels a side, or a whole picture as PNG."""
 
     node: str
     value: float
     maximum: float
     preview: bytes | None = None
+    preview_is_png: bool = False
 
 
 class NodeShown(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -16,7 +16,7 @@ from comfyfleet.clock import Clock
 from comfyfleet.engine import events
 from comfyfleet.engine.cache import FileState, Result, ResultCache
 from comfyfleet.engine.folders import EngineFolders
-from comfyfleet.engine.media.pictures import preview_jpeg
+from comfyfleet.engine.media.pictures import preview_jpeg, whole_png
 from comfyfleet.engine.memory import Residency
 from comfyfleet.engine.plan import Plan
 from comfyfleet.engine.registry import (
@@ -114,6 +114,13 @@ class _Run:
         self.check_stop()
         image = preview_jpeg(preview()) if preview is not None and self._job.wants_previews else None
         self._emit(events.NodeProgress(node=self.node_id, value=value, maximum=maximum, preview=image))
+
+    def send_picture(self, value: int, maximum: int, frame: Any) -> None:
+        self.check_stop()
+        image = whole_png(frame) if self._job.wants_previews else None
+        self._emit(
+            events.NodeProgress(node=self.node_id, value=value, maximum=maximum, preview=image, preview_is_png=True)
+        )
 
     def check_stop(self) -> None:
         if self._is_stopped():

@@ -22,21 +22,15 @@ from comfyfleet.engine.registry import OutputName
 from comfyfleet.ids import Ids
 
 MODEL_EXTENSIONS = {".ckpt", ".pt", ".pt2", ".bin", ".pth", ".safetensors", ".pkl", ".sft"}
-# Kinds as `GET /models` lists them; some are looked for in more than one folder.
+# Kinds as `GET /models` lists them; all but two have a folder of their own name.
 MODEL_FOLDERS: dict[str, tuple[str, ...]] = {
-    "checkpoints": ("checkpoints",),
-    "loras": ("loras",),
-    "vae": ("vae",),
-    "text_encoders": ("text_encoders", "clip"),
-    "diffusion_models": ("unet", "diffusion_models"),
-    "clip_vision": ("clip_vision",),
-    "style_models": ("style_models",),
-    "embeddings": ("embeddings",),
-    "vae_approx": ("vae_approx",),
-    "controlnet": ("controlnet",),
-    "upscale_models": ("upscale_models",),
-    "audio_encoders": ("audio_encoders",),
-}
+    kind: (kind,)
+    for kind in (
+        "checkpoints", "configs", "loras", "vae", "text_encoders", "diffusion_models", "clip_vision", "style_models",
+        "embeddings", "diffusers", "vae_approx", "controlnet", "gligen", "upscale_models", "custom_nodes",
+        "hypernetworks", "photomaker", "classifiers", "model_patches", "audio_encoders",
+    )
+} | {"text_encoders": ("text_encoders", "clip"), "diffusion_models": ("unet", "diffusion_models")}  # fmt: skip
 MEDIA_EXTENSIONS: dict[str, set[str]] = {
     "image": {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"},
     "audio": {".mp3", ".wav", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".mp4", ".mkv", ".webm", ".mov"},

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from comfyfleet.engine.inputs import check_constant, complaint, input_config, nearest
-from comfyfleet.engine.registry import Declaration, Folders
+from comfyfleet.engine.registry import Declaration, Folders, Input
 from comfyfleet.wire.workflow import unfit_value
 
 MAX_DEPTH = 400  # of one input's value; ComfyUI's worker dies near 900
@@ -134,27 +134,28 @@ class _Checker:
         self._declarations = declarations
         self._folders = folders
         self._dependents: dict[str, list[str]] = {}
+        self._entered_by: dict[str, tuple[Input, str, list[Any]]] = {}  # the link by which a node was reached first
         self.problems: dict[str, list[dict[str, Any]]] = {}
         self.is_good: dict[str, bool] = {}
         self.cycle_details = ""
 
     def walk(self, output: str) -> None:
         on_path: dict[str, Iterator[tuple[str, list[Any]]]] = {output: self._sources(output)}
-        reached = [output]
         while on_path:
             node_id = next(reversed(on_path))
             step = next(on_path[node_id], None)
             if step is None:
                 del on_path[node_id]
                 if node_id not in self.is_good:
-                    self._check_node(node_id, entered_by=None)
+                    self._check_node(node_id)
                 continue
-            _, link = step
+            name, link = step
             source = link[0]
             if source in on_path:
                 self._refuse_cycle(source)
                 continue
             if source not in self.is_good:
+                self._entered_by[source] = (self._declaration_of(node_id).inputs[name], name, link)
                 on_path[source] = self._sources(source)
         reached = self._upstream(output)
         for node_id in reached:
@@ -190,7 +191,10 @@ class _Checker:
         ]
         self.is_good[node_id] = False
 
-    def _check_node(self, node_id: str, *, entered_by: tuple[str, Any] | None) -> None:
+    def _declaration_of(self, node_id: str) -> Declaration:
+        return self._declarations[self._prompt[node_id]["class_type"]]
+
+    def _check_node(self, node_id: str) -> None:
         node = self._prompt[node_id]
         try:
             problems, sources_good = self._check_inputs(node)
@@ -271,13 +275,20 @@ class _Checker:
 
     def _exception_problem(self, node_id: str, bad: _BadLink) -> dict[str, Any]:
         facts: dict[str, Any] = {"exception_type": bad.exception_type, "traceback": []}
-        if self._declarations[self._prompt[node_id]["class_type"]].is_output:
+        if node_id not in self._entered_by:
             return complaint("exception_during_validation", "Exception when validating node", bad.details, facts)
+        declared, name, link = self._entered_by[node_id]
         return complaint(
             "exception_during_inner_validation",
             "Exception when validating inner node",
             bad.details,
-            {"exception_message": bad.details, **facts},
+            {
+                "input_name": name,
+                "input_config": input_config(declared, self._folders),
+                "exception_message": bad.details,
+                **facts,
+                "linked_node": link,
+            },
         )
 
     def node_errors(self, outputs: list[str]) -> dict[str, Any]:

@@ -96,6 +96,10 @@ class NodeRun(Protocol):
         """Tell a step; raises Interrupted when the run was stopped. `preview` makes a small IMAGE if one is wanted."""
         ...
 
+    def send_picture(self, value: int, maximum: int, frame: Any) -> None:
+        """A step that brings a whole picture (H, W, 3) to whoever listens, as PNG."""
+        ...
+
     def check_stop(self) -> None:
         """Raises Interrupted when the run was stopped; for long work that tells no steps."""
         ...
@@ -197,6 +201,7 @@ class Declaration:
     display_name: str
     description: str = ""
     is_output: bool = False
+    is_volatile: bool = False  # runs each time: what it does is not in its result
     hidden: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -250,6 +255,7 @@ class NodeRegistry:
         display_name: str = "",
         description: str = "",
         is_output: bool = False,
+        is_volatile: bool = False,
         hidden: Mapping[str, str] | None = None,
     ) -> Callable[[NodeFunction], NodeFunction]:
         """Declare the decorated function `f(run: NodeRun, *, <inputs by name>)` as node `name`."""
@@ -262,6 +268,7 @@ class NodeRegistry:
             display_name=display_name or name,
             description=description,
             is_output=is_output,
+            is_volatile=is_volatile,
             hidden=hidden or {},
         )
 

@@ -35,7 +35,12 @@ def signatures(
             if node_id in found or node_id in hopeless:
                 stack.pop()
                 continue
-            sources = links_of(graph[node_id], declarations(graph[node_id]["class_type"]))
+            declaration = declarations(graph[node_id]["class_type"])
+            if declaration is not None and declaration.is_volatile:
+                hopeless.add(node_id)
+                stack.pop()
+                continue
+            sources = links_of(graph[node_id], declaration)
             waiting = [source for source in sources if source not in found]
             if node_id in entered or not waiting:
                 # Visited twice and still waiting: what it waits for is missing, hopeless, or itself on this path.

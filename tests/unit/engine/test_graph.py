@@ -152,7 +152,8 @@ NODE_ERRORS = [
         {"1": {"class_type": "EmptyImage"}, "2": save(["1", 0])},
         "1",
         ("exception_during_inner_validation", "Exception when validating inner node", "'inputs'",
-         {"exception_message": "'inputs'", "exception_type": "KeyError", "traceback": []}),
+         {"input_name": "images", "input_config": IMAGES, "exception_message": "'inputs'",
+          "exception_type": "KeyError", "traceback": [], "linked_node": ["1", 0]}),
     ),
     (
         "an input file is missing",

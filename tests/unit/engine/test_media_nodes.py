@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from comfyfleet.engine.events import NodeProgress
+from comfyfleet.engine.executor import Job
 from comfyfleet.engine.media.film import save_mp4
 from comfyfleet.engine.media.sound import save_sound
 from comfyfleet.engine.registry import NodeRegistry, NodeRun, integer, real
@@ -151,6 +154,51 @@ def test_scaling_keeps_what_it_is_told_to_keep(
 
     with Image.open(output(world, outcome.outputs["3"]["images"][0])) as picture:
         assert (picture.height, picture.width) == shape
+
+
+def test_pictures_are_inverted_blurred_batched_and_taken_out(world: EngineWorld) -> None:
+    nodes = world.registry
+    ramp = torch.linspace(0, 1, 16).expand(2, 8, 16)[..., None].expand(-1, -1, -1, 3)
+    (inverted,) = nodes["ImageInvert"].function(None, image=ramp)
+    (blurred,) = nodes["ImageBlur"].function(None, image=ramp, blur_radius=2, sigma=1.0)
+    (batch,) = nodes["ImageBatch"].function(None, image1=ramp, image2=torch.ones(1, 32, 32, 3))
+    (repeated,) = nodes["RepeatImageBatch"].function(None, image=ramp, amount=3)
+    (taken,) = nodes["ImageFromBatch"].function(None, image=batch, batch_index=9, length=4)
+
+    assert torch.equal(inverted + ramp, torch.ones_like(ramp))
+    assert blurred.shape == ramp.shape
+    assert torch.allclose(blurred[:, 4, 4:12], ramp[:, 4, 4:12], atol=1e-5), "a ramp stays a ramp away from its edges"
+    assert tuple(batch.shape) == (3, 8, 16, 3)
+    assert len(repeated) == 6
+    assert torch.equal(taken, batch[2:])
+
+
+def test_pictures_for_a_socket_are_sent_whole_each_time_and_written_nowhere(world: EngineWorld) -> None:
+    graph = {"1": node("Gradient", frames=2, height=8, width=16), "2": node("SaveImageWebsocket", images=["1", 0])}
+    told: list = []
+    for _ in range(2):
+        job = Job(prompt_id="p", graph=graph, outputs=["2"], extra_pnginfo={}, wants_previews=True)
+        world.executor.run(job, told.append, lambda: False)
+
+    sent = [event for event in told if isinstance(event, NodeProgress)]
+    assert [(event.value, event.maximum) for event in sent] == [(0, 2), (1, 2)] * 2
+    with Image.open(io.BytesIO(sent[0].preview)) as picture:
+        assert (picture.format, picture.size) == ("PNG", (16, 8))
+    assert world.output_files() == []
+
+
+def test_whatever_comes_is_shown_as_text(world: EngineWorld) -> None:
+    outcome = world.run(
+        {
+            "1": node("PrimitiveInt", value=64),
+            "2": node("PreviewAny", source=["1", 0]),
+            "3": node("Gradient", frames=1, height=1, width=1),
+            "4": node("PreviewAny", source=["3", 0]),
+        }
+    )
+
+    assert outcome.outputs["2"] == {"text": ["64"]}
+    assert outcome.outputs["4"]["text"][0].startswith("tensor(")
 
 
 # Films

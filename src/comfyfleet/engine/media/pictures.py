@@ -105,6 +105,13 @@ def _mask(picture: Image.Image) -> Tensor:
     return 1.0 - torch.from_numpy(np.asarray(alpha).astype(np.float32) / 255.0)[None]
 
 
+def whole_png(frame: Tensor) -> bytes:
+    """A frame (H, W, 3) as PNG, small in effort rather than in size: it goes over a socket to this machine."""
+    buffer = io.BytesIO()
+    Image.fromarray(to_bytes(frame)).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
 def preview_jpeg(image: Tensor | None) -> bytes | None:
     """A small IMAGE (its first picture) as JPEG, scaled to fit 512 pixels a side as ComfyUI's previews are."""
     if image is None:

@@ -110,6 +110,20 @@ def preview_image(run: NodeRun, *, images: Tensor) -> Shown:
     return _save_pngs(run, images, "ComfyUI" + run.folders.temp_suffix(), kind="temp", level=1)
 
 
+@NODES.node(
+    "SaveImageWebsocket",
+    inputs={"images": link("IMAGE")},
+    category="api/image",
+    is_output=True,
+    is_volatile=True,
+)
+def save_image_websocket(run: NodeRun, *, images: Tensor) -> tuple[()]:
+    """Sends the pictures to whoever listens, whole; writes nothing and is never answered from the cache."""
+    for number, frame in enumerate(images):
+        run.send_picture(number, len(images), frame)
+    return ()
+
+
 def _save_pngs(run: NodeRun, images: Tensor, prefix: str, *, kind: str, level: int) -> Shown:
     texts = metadata_texts(run.prompt, run.extra_pnginfo)
     height, width = images.shape[1], images.shape[2]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from comfyfleet.engine.registry import Input, NodeRegistry, NodeRun, boolean, integer, real, text
+from comfyfleet.engine.registry import Input, NodeRegistry, NodeRun, Shown, boolean, integer, link, real, text
 
 NODES = NodeRegistry()
 WHOLE = 2**63 - 1
@@ -12,7 +13,7 @@ PRIMITIVES: dict[str, tuple[str, str, Input]] = {
     "PrimitiveString": ("String", "STRING", text()),
     "PrimitiveStringMultiline": ("String (Multiline)", "STRING", text(multiline=True)),
     "PrimitiveInt": ("Int", "INT", integer(0, -WHOLE, WHOLE, control_after_generate=True)),
-    "PrimitiveFloat": ("Float", "FLOAT", real(0.0, -float(WHOLE), float(WHOLE))),
+    "PrimitiveFloat": ("Float", "FLOAT", real(0.0, -WHOLE, WHOLE)),
     "PrimitiveBoolean": ("Boolean", "BOOLEAN", boolean()),
 }
 
@@ -29,3 +30,20 @@ for _name, (_display_name, _kind, _declared) in PRIMITIVES.items():
         category="utils/primitive",
         display_name=_display_name,
     )(give)
+
+
+@NODES.node(
+    "PreviewAny",
+    inputs={"source": link("*")},
+    category="utils",
+    display_name="Preview Any",
+    is_output=True,
+)
+def preview_any(run: NodeRun, *, source: Any) -> Shown:
+    """Whatever comes, as text."""
+    if isinstance(source, str):
+        return Shown(ui={"text": [source]})
+    try:
+        return Shown(ui={"text": [json.dumps(source)]})
+    except TypeError:
+        return Shown(ui={"text": [str(source)]})

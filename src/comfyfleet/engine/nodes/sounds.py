@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+import torch
+
 from comfyfleet.engine.media.pictures import metadata_texts
 from comfyfleet.engine.media.sound import load_sound, save_sound
-from comfyfleet.engine.registry import METADATA, InputFiles, NodeRegistry, NodeRun, Shown, choice, link, text
+from comfyfleet.engine.registry import (
+    METADATA,
+    InputFiles,
+    NodeRegistry,
+    NodeRun,
+    Shown,
+    choice,
+    integer,
+    link,
+    real,
+    text,
+)
 from comfyfleet.engine.values import Audio
 
 NODES = NodeRegistry()
 PREFIX = "audio/ComfyUI"
+MAX_SECONDS = 18446744073709551615
+
+
+@NODES.node(
+    "EmptyAudio",
+    inputs={
+        "duration": real(60.0, 0.0, MAX_SECONDS, step=0.01, tooltip="Duration of the empty audio clip in seconds"),
+        "sample_rate": integer(44100, 1, 192_000, tooltip="Sample rate of the empty audio clip."),
+        "channels": integer(2, 1, 2, tooltip="Number of audio channels (1 for mono, 2 for stereo)."),
+    },
+    outputs=["AUDIO"],
+    category="audio",
+    display_name="Empty Audio",
+)
+def empty_audio(run: NodeRun, *, duration: float, sample_rate: int, channels: int) -> tuple[Audio]:
+    """Silence."""
+    return (Audio(waveform=torch.zeros(1, channels, round(duration * sample_rate)), sample_rate_hz=sample_rate),)
 
 
 @NODES.node(

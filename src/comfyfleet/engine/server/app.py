@@ -14,7 +14,7 @@ import anyio
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Mount, WebSocketRoute
+from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from comfyfleet.clock import Clock
@@ -23,7 +23,7 @@ from comfyfleet.engine.render.setup import RenderSettings
 from comfyfleet.engine.server import files, routes
 from comfyfleet.engine.server.answers import MAX_BODY_BYTES, TooLarge, refusal
 from comfyfleet.engine.server.engine import Engine
-from comfyfleet.engine.server.live import ws
+from comfyfleet.engine.server.live import no_upgrade, ws
 from comfyfleet.ids import Ids
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
@@ -41,7 +41,7 @@ def build(settings: RenderSettings, clock: Clock, ids: Ids) -> Starlette:
             yield
             loops.cancel_scope.cancel()
 
-    both = [*routes.ROUTES, *files.ROUTES, WebSocketRoute("/ws", ws)]
+    both = [*routes.ROUTES, *files.ROUTES, WebSocketRoute("/ws", ws), Route("/ws", no_upgrade)]
     app = Starlette(
         routes=[*both, Mount("/api", routes=both)],
         lifespan=lifespan,

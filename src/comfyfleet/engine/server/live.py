@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import anyio
 import msgspec
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import PlainTextResponse, Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from comfyfleet.engine.server.engine import Engine
@@ -38,6 +39,11 @@ async def ws(socket: WebSocket) -> None:
             both.cancel_scope.cancel()
     finally:
         engine.hub.leave(client_id, outbox)
+
+
+async def no_upgrade(request: Request) -> Response:
+    """A plain GET of the socket's path."""
+    return PlainTextResponse("This path speaks WebSocket only: ask for an upgrade.", 400)
 
 
 async def _write(socket: WebSocket, outbox: Outbox) -> None:

@@ -16,7 +16,7 @@ import msgspec
 
 MAX_OUTBOX_BYTES = 64 << 20
 EVENT_PREVIEW, EVENT_PREVIEW_WITH_METADATA = 1, 4
-IMAGE_JPEG = 1
+IMAGE_TYPES = {"image/jpeg": 1, "image/png": 2}
 PREVIEWS_WITH_METADATA = "supports_preview_metadata"
 TOO_SLOW = 1013  # WebSocket close code: try again later
 
@@ -94,14 +94,14 @@ class Hub:
         for outbox in self._receivers(client_id):
             outbox.put(kind, text)
 
-    def send_preview(self, image: bytes, metadata: Mapping[str, Any], client_id: str | None) -> None:
-        """A JPEG, with metadata for those who said they can read it."""
+    def send_preview(self, image: bytes, media_type: str, metadata: Mapping[str, Any], client_id: str | None) -> None:
+        """A picture, with metadata for those who said they can read it."""
         for outbox in self._receivers(client_id):
             if outbox.features.get(PREVIEWS_WITH_METADATA):
-                described = encode({**metadata, "image_type": "image/jpeg"})
+                described = encode({**metadata, "image_type": media_type})
                 head = struct.pack(">II", EVENT_PREVIEW_WITH_METADATA, len(described)) + described
             else:
-                head = struct.pack(">II", EVENT_PREVIEW, IMAGE_JPEG)
+                head = struct.pack(">II", EVENT_PREVIEW, IMAGE_TYPES[media_type])
             outbox.put("preview", head + image)
 
     def _receivers(self, client_id: str | None) -> list[Outbox]:

@@ -63,7 +63,8 @@ class Teller:
         data = {"value": value, "max": maximum, "prompt_id": self._prompt_id, "node": event.node}
         self._hub.send("progress", data, self._client_id)
         if event.preview is not None:
-            self._hub.send_preview(event.preview, self._place(event.node), self._client_id)
+            media_type = "image/png" if event.preview_is_png else "image/jpeg"
+            self._hub.send_preview(event.preview, media_type, self._place(event.node), self._client_id)
 
     def _shown(self, node: str, ui: events.Ui) -> None:
         self._send("executed", {"node": node, "display_node": node, "output": ui, "prompt_id": self._prompt_id})
