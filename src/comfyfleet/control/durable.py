@@ -115,6 +115,7 @@ class DurablePlane:
 
     async def run(self) -> None:
         """The loops, until cancelled."""
+        await self.ledger.load()
         try:
             async with anyio.create_task_group() as loops:
                 loops.start_soon(self.dispatcher.run, name="dispatcher")

@@ -6,8 +6,9 @@ token held), given back to wait again, or left alone because the lease is somebo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 import anyio
 import msgspec
@@ -20,6 +21,7 @@ from comfyfleet.control.jobs import Job
 from comfyfleet.control.keys import Vault
 from comfyfleet.control.leases import GIVEN_BACK_S, LEASE_S, LOST_AFTER_S, RENEW_EVERY_S, Fate, Silence, fate
 from comfyfleet.control.store.base import Store
+from comfyfleet.control.store.connection import ConnectionLost
 from comfyfleet.control.worker_calls import Ended, News, Refused, Taken, Unreachable, WorkerCalls
 from comfyfleet.control.workers import Workers
 from comfyfleet.wire.jobs import JobStatus
@@ -28,6 +30,7 @@ from comfyfleet.wire.routing import RouteReady
 log = structlog.get_logger()
 
 PROGRESS_EVERY_S = 0.5
+SAVE_AT_MOST_S = 60.0
 _RECONNECT_S = 0.5
 
 
@@ -123,7 +126,8 @@ class JobRun:
     async def _follow(self) -> RunOutcome:
         if not self._began_at:
             self._began_at = self._clock.now()
-            if not await self._store.start(self._job.id, token=self._token, now=self._began_at):
+            start = partial(self._store.start, self._job.id, token=self._token, now=self._began_at)
+            if not await self._saved(start):
                 return RunOutcome(job=self._job, status=None, reason="the lease was lost")
             self._feed.news(self._job.id)
         ticket = self._ticket_for(self._job)
@@ -145,7 +149,10 @@ class JobRun:
             return
         self._told_at = now
         data = msgspec.json.encode({key: value for key, value in news.frame.items() if key != "id"}).decode()
-        await self._store.add_event(self._job.id, kind="progress", data=data, now=now)
+        try:
+            await self._store.add_event(self._job.id, kind="progress", data=data, now=now)
+        except ConnectionLost:
+            return  # progress is worth nothing by the time the database is back
         self._feed.news(self._job.id)
 
     async def _ended(self, ended: Ended) -> RunOutcome:
@@ -188,8 +195,16 @@ class JobRun:
             return await self._finish(JobStatus.FAILED, None, msgspec.json.encode(error).decode())
         now = self._clock.now()
         reason = f"worker {worker_id} was lost ({why})"
-        is_ours = await self._store.requeue(
-            self._job.id, token=self._token, lost_worker=worker_id, not_before=now, reason=reason, now=now
+        is_ours = await self._saved(
+            partial(
+                self._store.requeue,
+                self._job.id,
+                token=self._token,
+                lost_worker=worker_id,
+                not_before=now,
+                reason=reason,
+                now=now,
+            )
         )
         if not is_ours:
             return RunOutcome(job=self._job, status=None, reason="the lease was lost")
@@ -197,36 +212,59 @@ class JobRun:
 
     async def _give_back(self, reason: str, after_s: float) -> RunOutcome:
         now = self._clock.now()
-        await self._store.requeue(
-            self._job.id,
-            token=self._token,
-            lost_worker=None,
-            not_before=now + max(GIVEN_BACK_S, after_s),
-            reason=reason,
-            now=now,
+        await self._saved(
+            partial(
+                self._store.requeue,
+                self._job.id,
+                token=self._token,
+                lost_worker=None,
+                not_before=now + max(GIVEN_BACK_S, after_s),
+                reason=reason,
+                now=now,
+            )
         )
         return RunOutcome(job=self._job, status=None, reason=reason)
 
     async def _finish(self, status: JobStatus, result: str | None, error: str | None) -> RunOutcome:
-        now = self._clock.now()
-        with anyio.CancelScope(shield=True):  # a result that we have must not be lost to a shutdown
-            is_ours = await self._store.finish(
-                self._job.id, token=self._token, status=status, result=result, error=error, now=now
+        now, is_ours = self._clock.now(), False
+        with anyio.move_on_after(SAVE_AT_MOST_S, shield=True):  # a result that we have must not be lost to a shutdown
+            is_ours = await self._saved(
+                partial(
+                    self._store.finish,
+                    self._job.id,
+                    token=self._token,
+                    status=status,
+                    result=result,
+                    error=error,
+                    now=now,
+                )
             )
         if not is_ours:
             return RunOutcome(job=self._job, status=None, reason="the lease was lost")
         began = self._job.started_at or self._began_at or now
         return RunOutcome(job=self._job, status=status, seconds=now - began)
 
+    async def _saved(self, change: Callable[[], Awaitable[bool]]) -> bool:
+        """Make the change, however long the database is away meanwhile."""
+        while True:
+            try:
+                return await change()
+            except ConnectionLost:
+                await self._clock.sleep(_RECONNECT_S)
+
     async def _keep_lease(self, scope: anyio.CancelScope) -> None:
         while True:
             await self._clock.sleep(RENEW_EVERY_S)
             expires_at = self._clock.now() + LEASE_S
-            if not await self._store.renew(self._job.id, token=self._token, expires_at=expires_at):
+            renew = partial(self._store.renew, self._job.id, token=self._token, expires_at=expires_at)
+            if not await self._saved(renew):
                 scope.cancel()
                 return
             # Another replica may have taken the cancel call.
-            job = await self._store.job(self._job.id)
+            try:
+                job = await self._store.job(self._job.id)
+            except ConnectionLost:
+                continue
             if job is not None and job.cancel_requested:
                 self._feed.cancel(self._job.id)
 

@@ -10,7 +10,7 @@ import structlog
 
 from comfyfleet.clock import Clock
 from comfyfleet.control.job_run import RunOutcome
-from comfyfleet.control.limits import Limits
+from comfyfleet.control.limits import DAY_S, Limits
 from comfyfleet.control.records import UsageRow
 from comfyfleet.control.store.base import Store
 from comfyfleet.control.worker_states import WorkerState
@@ -51,6 +51,12 @@ class Ledger:
         self._price_s = {"gpu": price_gpu_hour / 3600.0, "storage": price_storage_hour / 3600.0}
         self._counted_at: dict[int, tuple[float, str]] = {}
         self._rows: list[UsageRow] = []
+
+    async def load(self) -> None:
+        """At start: what each key used in the last day, for its quota."""
+        now = self._clock.now()
+        sums = await self._store.usage(since=now - DAY_S, until=now)
+        self._limits.remember({row.scope: row.seconds for row in sums if row.kind == "job" and row.scope}, now)
 
     def job_ended(self, outcome: RunOutcome) -> None:
         """A job's seconds, on its key."""

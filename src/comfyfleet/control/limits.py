@@ -5,6 +5,8 @@ The arithmetic is pure (`take`); `Limits` remembers the buckets in memory, since
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 from comfyfleet.control.auth import Principal
@@ -75,6 +77,11 @@ class Limits:
     def used_seconds(self, scope: str, seconds: float, now: float) -> None:
         """A job of that scope took a GPU that long."""
         self._recent(scope, now).append((now, seconds))
+
+    def remember(self, seconds_by_scope: Mapping[str, float], now: float) -> None:
+        """What the ledger says was used in the last day; after a restart it counts as used now."""
+        for scope, seconds in seconds_by_scope.items():
+            self.used_seconds(scope, seconds, now)
 
     def _recent(self, scope: str, now: float) -> list[tuple[float, float]]:
         kept = [entry for entry in self._seconds.get(scope, []) if entry[0] > now - DAY_S]

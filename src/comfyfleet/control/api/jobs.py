@@ -216,9 +216,11 @@ class JobApi:
         )
 
     def _view(self, request: Request, job: Job) -> dict[str, Any]:
+        waiting = {"reason": self._desk.why(job.endpoint_id)} if job.status is JobStatus.QUEUED else None
         return {
             "id": job.id,
             "endpoint": self._name(job.endpoint_id),
+            "waiting": waiting,
             "status": str(job.status),
             "priority": job.priority,
             "cost": job.cost,

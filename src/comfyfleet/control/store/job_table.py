@@ -47,6 +47,10 @@ class JobTable:
                 if connection.change(sql.ADD_JOB, values):
                     added.append(Added(job=job, is_repeat=False))
                     continue
+                # Our own id is there already where a commit was done and its confirmation lost with the connection.
+                if connection.rows(sql.JOB_BY_ID, {"id": job.id}):
+                    added.append(Added(job=job, is_repeat=False))
+                    continue
                 known = connection.rows(sql.JOB_BY_KEY, {"scope": job.scope, "idempotency_key": job.idempotency_key})
                 added.append(Added(job=_job(known[0]), is_repeat=True))
             return added
