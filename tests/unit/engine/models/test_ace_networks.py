@@ -84,7 +84,7 @@ def test_encoder_and_decoder_equal_an_independent_implementation():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("columns", "window"), [(7, 1), (40, 3), (70, 64)])
+@pytest.mark.parametrize(("columns", "window"), [(7, 1), (24, 5)])
 def test_decoding_in_windows_changes_nothing(columns, window):
     sound = parts()[2].network()
     latents = torch.randn(1, 8, 16, columns, generator=torch.Generator().manual_seed(columns))
