@@ -128,7 +128,8 @@ class Source(Generic[Network]):
 
     @property
     def key(self) -> str:
-        return self.checkpoint.key + self.patches.key
+        rounding = f"|{self.precision.round_to}" if self.precision.round_to is not None else ""
+        return self.checkpoint.key + rounding + self.patches.key
 
 
 class Resident(Generic[Network]):
