@@ -138,3 +138,14 @@ async def test_a_result_of_a_miniature_says_so(engine: RunningEngine, session: a
     assert entry["status"]["completed"]
     assert entry["meta"]["miniature"] is True
     await client.socket.close()
+
+
+async def test_the_first_page_says_what_this_is_and_what_it_lacks(
+    engine: RunningEngine, session: aiohttp.ClientSession
+) -> None:
+    async with session.get(engine.url) as response:
+        page = await response.text()
+
+    assert response.content_type == "text/html"
+    for words in ("embedded engine", "What it lacks", "Custom nodes", "KSampler", "/object_info", "miniature"):
+        assert words in page
