@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from comfyfleet.worker.engines.client import EngineEvent, EventData, Preview, read_picture, refusal
+from comfyfleet.worker.engines.client import EngineEvent, EventData, Preview, read_picture
 from comfyfleet.worker.engines.faults import FaultKind
 from comfyfleet.worker.engines.reach import told_folders
+from comfyfleet.worker.engines.refusals import refusal, with_nearest
 from comfyfleet.worker.engines.watch import PromptWatch, SilenceLimits
 
 pytestmark = pytest.mark.anyio
@@ -70,7 +71,7 @@ async def test_a_refusal_names_the_first_bad_input_and_keeps_all_without_paths()
         "node_errors": {"4": {"errors": [error], "dependent_outputs": ["9"], "class_type": "CheckpointLoaderSimple"}},
     }
 
-    found = refusal(answer)
+    found = refusal(answer, {})
 
     assert found.status == 422
     assert (found.details["node_id"], found.details["input"]) == ("4", "ckpt_name")
@@ -81,7 +82,21 @@ async def test_a_refusal_names_the_first_bad_input_and_keeps_all_without_paths()
 async def test_an_unknown_node_is_named_from_comfyuis_sentence():
     error = {"type": "invalid_prompt", "message": "node Nope does not exist.", "details": "Node ID '#12'"}
 
-    assert refusal({"error": error, "node_errors": {}}).details["node_id"] == "12"
+    found = refusal({"error": error, "node_errors": {}}, {"12": {"class_type": "Nope", "inputs": {}}})
+
+    assert (found.details["node_id"], found.details["class_type"]) == ("12", "Nope")
+
+
+async def test_a_missing_file_is_answered_with_the_nearest_there_is():
+    extra = {"input_name": "ckpt_name", "received_value": "sd15-prunned.safetensors"}
+    error = {"type": "value_not_in_list", "message": "Value not in list", "details": "", "extra_info": extra}
+    answer = {"node_errors": {"4": {"errors": [error], "class_type": "CheckpointLoaderSimple"}}}
+
+    found = with_nearest(refusal(answer, {}), [["ace_step.safetensors", "sd15-pruned.safetensors"], {}])
+
+    assert found.details["nearest"] == "sd15-pruned.safetensors"
+    assert "sd15-pruned.safetensors" in found.message
+    assert "none at all" in with_nearest(refusal(answer, {}), [[], {}]).message
 
 
 async def test_an_engine_on_this_machine_tells_its_folders_and_one_elsewhere_does_not(tmp_path):

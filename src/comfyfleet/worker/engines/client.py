@@ -20,7 +20,7 @@ from comfyfleet.clock import Clock
 from comfyfleet.ids import Ids
 from comfyfleet.wire.errors import WorkflowRefused
 from comfyfleet.wire.workflow import Graph
-from comfyfleet.worker.engines.faults import without_paths
+from comfyfleet.worker.engines.refusals import refusal, with_nearest
 
 log = structlog.get_logger()
 
@@ -183,10 +183,10 @@ class EngineClient:
                 # Some outputs were dropped, the rest would run: all or nothing.
                 await self.delete(prompt_id)
                 await self.interrupt(prompt_id)
-                raise refusal({"node_errors": accepted.node_errors})
+                raise await self._refusal({"node_errors": accepted.node_errors}, graph)
             return
         if status == 400:
-            raise refusal(msgspec.json.decode(answer))
+            raise await self._refusal(msgspec.json.decode(answer), graph)
         if status == 413:
             raise WorkflowRefused("the workflow is larger than the engine accepts", field="workflow_json")
         # A 500 proves nothing: ComfyUI queues some prompts that it answers so.
@@ -262,6 +262,19 @@ class EngineClient:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise EngineGone(f"POST /upload/image: {error}") from error
 
+    async def _refusal(self, answer: dict[str, Any], graph: Graph) -> WorkflowRefused:
+        """The refusal, with the nearest existing name where a name is not in the engine's list."""
+        error = refusal(answer, graph)
+        if error.details.get("type") != "value_not_in_list" or "nearest" in error.details:
+            return error
+        class_type, name = str(error.details.get("class_type")), str(error.details.get("input"))
+        try:
+            inputs = (await self.object_info(class_type)).get(class_type, {}).get("input", {})
+        except (EngineGone, msgspec.MsgspecError):
+            return error
+        spec = {**inputs.get("optional", {}), **inputs.get("required", {})}.get(name)
+        return with_nearest(error, spec)
+
     async def _call(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
         try:
             async with self._session.request(
@@ -297,46 +310,6 @@ def read_picture(frame: bytes) -> tuple[str, Preview] | None:
 
 
 _JSON = {"Content-Type": "application/json"}
-
-
-def refusal(answer: dict[str, Any]) -> WorkflowRefused:
-    """ComfyUI's refusal as ours: the first bad node named, all node errors kept, tracebacks and paths left out."""
-    error = answer.get("error") or {}
-    node_errors = {
-        str(node_id): {
-            "class_type": found.get("class_type", ""),
-            "errors": [
-                {
-                    "type": one.get("type", ""),
-                    "message": without_paths(str(one.get("message", ""))),
-                    "details": without_paths(str(one.get("details", ""))),
-                    "input": (one.get("extra_info") or {}).get("input_name"),
-                    "received_value": (one.get("extra_info") or {}).get("received_value"),
-                }
-                for one in found.get("errors", [])
-            ],
-        }
-        for node_id, found in (answer.get("node_errors") or {}).items()
-    }
-    for node_id, found in node_errors.items():
-        for one in found["errors"]:
-            message = f"node {node_id} ({found['class_type']}): {one['message']}"
-            if one["details"]:
-                message += f": {one['details']}"
-            return WorkflowRefused(
-                message,
-                node_id=node_id,
-                class_type=found["class_type"],
-                input=one["input"],
-                type=one["type"],
-                node_errors=node_errors,
-            )
-    message = without_paths(str(error.get("message", "the engine refused the workflow")))
-    details = without_paths(str(error.get("details", "")))
-    bad_node = details.partition("'#")[2].rstrip("'") or None
-    return WorkflowRefused(
-        f"{message} {details}".strip(), node_id=bad_node, type=error.get("type"), node_errors=node_errors or None
-    )
 
 
 async def wait_until_answering(client: EngineClient, clock: Clock, *, poll_s: float = 0.1) -> None:
