@@ -13,11 +13,12 @@ from comfyfleet import logs
 from comfyfleet.clock import SystemClock
 from comfyfleet.ids import SystemIds
 from comfyfleet.provision.progress import Progress, size
-from comfyfleet.provision.provisioner import Provisioner
+from comfyfleet.provision.provisioner import Provisioner, the_error_in
 from comfyfleet.provision.template import Template, find_template
 from comfyfleet.provision.transfer import TransferLimits
 from comfyfleet.settings.machine import default_data_dir
 from comfyfleet.settings.provision import SourceSettings
+from comfyfleet.wire.errors import FleetError
 
 _SHOW_EVERY_S = 2.0
 
@@ -58,10 +59,13 @@ async def _provision(provisioner: Provisioner, template: Template, dry_run: bool
     if dry_run or not plan.work:
         return
     began = provisioner.clock.monotonic()
-    async with anyio.create_task_group() as showing:
-        showing.start_soon(_show, provisioner)
-        await provisioner.carry_out(plan)
-        showing.cancel_scope.cancel()
+    try:
+        async with anyio.create_task_group() as showing:
+            showing.start_soon(_show, provisioner)
+            await provisioner.carry_out(plan)
+            showing.cancel_scope.cancel()
+    except* FleetError as failures:
+        raise the_error_in(failures) from None
     seconds = provisioner.clock.monotonic() - began
     fetched = provisioner.progress.fetched_bytes
     click.echo(f"done: {size(fetched)} in {seconds:.0f} s ({size(fetched / max(seconds, 0.001))}/s)")

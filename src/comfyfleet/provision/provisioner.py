@@ -70,10 +70,7 @@ class Provisioner:
                     for number in range(min(FILES_AT_ONCE, len(work))):
                         lanes.start_soon(lane, name=f"lane {number}")
             except* FleetError as several:
-                failure = several.exceptions[0]
-                while isinstance(failure, BaseExceptionGroup):
-                    failure = failure.exceptions[0]
-                raise failure from several
+                raise the_error_in(several) from several
 
     def _downloader(self, session: aiohttp.ClientSession) -> Downloader:
         return Downloader(self.settings, session=session, clock=self.clock, ids=self.ids, limits=self.limits)
@@ -85,3 +82,9 @@ class Provisioner:
             headers={"User-Agent": f"comfyfleet/{__version__}", "Accept-Encoding": "identity"},
             trust_env=True,
         )
+
+
+def the_error_in(group: BaseExceptionGroup[FleetError]) -> FleetError:
+    """The first failure stands for those that it caused in its neighbours."""
+    first = group.exceptions[0]
+    return the_error_in(first) if isinstance(first, BaseExceptionGroup) else first

@@ -1,4 +1,6 @@
-"""Where models come from and with which tokens: `HF_TOKEN`, `HF_ENDPOINT`, `CIVITAI_TOKEN`, ours `COMFYFLEET_*`.
+"""What a worker needs on disk, where it comes from and with which tokens, and how much disk stays free.
+
+`HF_TOKEN`, `HF_ENDPOINT`, `CIVITAI_TOKEN`, `PROVISIONING_SCRIPT`, `MODEL_LOG`, `WORKSPACE`; ours `COMFYFLEET_*`.
 
 `COMFYFLEET_MODEL_MIRRORS`: base URLs, separated by commas, that hold `<folder>/<name>` and are asked first.
 `COMFYFLEET_OFFLINE_DIR`: a folder with the same layout; when it is set, nothing is asked of the network.
@@ -10,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from comfyfleet.settings.storage import number
+
+MIN_FREE_BYTES = 512 * 10**6
 HUB = "https://huggingface.co"
 
 
@@ -33,4 +38,37 @@ class SourceSettings:
             civitai_token=env.get("CIVITAI_TOKEN", "").strip(),
             mirrors=tuple(mirror.strip().rstrip("/") for mirror in mirrors if mirror.strip()),
             offline_dir=Path(offline).expanduser() if offline else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProvisionSettings:
+    """What a worker gets before its engines start, and what it keeps free.
+
+    script: URL or file of `PROVISIONING_SCRIPT`, run once per content. model_log: where foreign agents look for
+    `BACKENDS_READY`. min_free_bytes, old_after_s: the clean-up rule. models_budget_bytes 0: models never go.
+    """
+
+    template: str
+    script: str
+    workspace: str
+    model_log: Path
+    sources: SourceSettings
+    min_free_bytes: int
+    old_after_s: float
+    models_budget_bytes: int
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str], worker_dir: Path) -> ProvisionSettings:
+        """Raises ValueError naming the variable that is no number."""
+        model_log = env.get("MODEL_LOG", "")
+        return cls(
+            template=env.get("COMFYFLEET_TEMPLATE") or "local",
+            script=env.get("PROVISIONING_SCRIPT", "").strip(),
+            workspace=env.get("WORKSPACE", ""),
+            model_log=Path(model_log).expanduser() if model_log else worker_dir / "logs" / "model.log",
+            sources=SourceSettings.from_environment(env),
+            min_free_bytes=int(number(env, "COMFYFLEET_MIN_FREE_BYTES", MIN_FREE_BYTES)),
+            old_after_s=number(env, "COMFYFLEET_CLEAN_AFTER_HOURS", 24.0) * 3600.0,
+            models_budget_bytes=int(number(env, "COMFYFLEET_MODELS_BUDGET_BYTES", 0.0)),
         )

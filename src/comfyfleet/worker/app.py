@@ -23,16 +23,17 @@ import uvicorn
 
 from comfyfleet.clock import Clock
 from comfyfleet.ids import Ids
+from comfyfleet.provision.staging import free_bytes
 from comfyfleet.sealing import Sealer, load_or_create_key
 from comfyfleet.settings.agent import AgentSettings, agent_settings
 from comfyfleet.settings.worker import WorkerSettings
 from comfyfleet.wire.generation import GenerateInput, GenerateResult, OutputEntry
 from comfyfleet.wire.workflow import Graph
 from comfyfleet.worker.agent.agent import Agent, AgentFolders
-from comfyfleet.worker.agent.gpu import gpu_name
 from comfyfleet.worker.api.app import FilesMount, build
 from comfyfleet.worker.api.files_and_hooks import routes as files_and_hooks
 from comfyfleet.worker.api.generate import GenerateRoutes
+from comfyfleet.worker.api.machine_metrics import MachineMetrics
 from comfyfleet.worker.api.metrics import WorkerMetrics
 from comfyfleet.worker.engines.client import EngineClient
 from comfyfleet.worker.engines.layout import EnginePlan, plan_engines
@@ -42,6 +43,7 @@ from comfyfleet.worker.engines.reach import KINDS, pull_outputs
 from comfyfleet.worker.engines.supervisor import Supervisor
 from comfyfleet.worker.job import Finished, Job
 from comfyfleet.worker.journal import Journal
+from comfyfleet.worker.machine import Machine, build_machine
 from comfyfleet.worker.pipeline import Stages
 from comfyfleet.worker.service import JobService
 from comfyfleet.worker.stages.fetch_inputs import FetchedInputs
@@ -63,6 +65,7 @@ class Worker:
     session: aiohttp.ClientSession
     metrics: WorkerMetrics
     kit: Kit
+    machine: Machine
 
 
 @asynccontextmanager
@@ -117,10 +120,32 @@ async def running(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cl
                 on_finished=metrics.finished,
             )
             metrics.watch(service)
+            machine = build_machine(
+                settings,
+                env,
+                service=service,
+                slots=slots,
+                kit=kit,
+                kept_folders=journal.kept_folders,
+                clock=clock,
+                ids=ids,
+            )
+            MachineMetrics(
+                metrics.registry,
+                startup=machine.startup,
+                cards=lambda: machine.cards.facts,
+                free_bytes=lambda: free_bytes(folders.output_dir),
+            )
+
+            async def tend(slot: EngineSlot, plan: EnginePlan) -> None:
+                await machine.provisioning.done.wait()
+                await supervisor.tend(slot, plan.launch)
+
+            tasks.start_soon(machine.run, name="machine")
             for slot, plan in zip(slots, plans, strict=True):
-                tasks.start_soon(supervisor.tend, slot, plan.launch, name=slot.name)
+                tasks.start_soon(tend, slot, plan, name=slot.name)
             await tasks.start(service.run, name="jobs")
-            yield Worker(service=service, pool=pool, session=session, metrics=metrics, kit=kit)
+            yield Worker(service=service, pool=pool, session=session, metrics=metrics, kit=kit, machine=machine)
             service.drain()
             tasks.cancel_scope.cancel()
     finally:
@@ -173,7 +198,7 @@ def _agent(fleet: AgentSettings, settings: WorkerSettings, worker: Worker, clock
         ),
         fetcher=worker.kit.fetcher,
         folders=AgentFolders(worker_dir=settings.folders.worker_dir, output_dir=settings.folders.output_dir),
-        gpu_name=gpu_name(),
+        machine=worker.machine,
         max_body_bytes=wrapper.max_body_bytes,
         clock=clock,
         ids=ids,

@@ -146,6 +146,10 @@ class Journal:
         """Does a job of another scope have this folder?"""
         return bool(self.rows(sql.FOLDER_TAKEN, (folder, scope)))
 
+    def kept_folders(self) -> set[str]:
+        """Output folders of jobs that run or whose result can still be read."""
+        return {row["folder"] for row in self.rows(sql.KEPT_FOLDERS)}
+
     async def forget_before(self, moment: float) -> list[str]:
         """Drop jobs that ended before `moment` (epoch s); their output folders."""
 

@@ -8,9 +8,11 @@ from typing import Any
 from comfyfleet.worker.engines.pool import EngineSlot, EngineState
 from comfyfleet.worker.queue import QueueView
 
+FAILED_STARTS = 3
 
-def health_report(slots: Sequence[EngineSlot], view: QueueView, *, is_ready: bool, is_draining: bool) -> dict[str, Any]:
-    """The body of `/health`."""
+
+def health_report(slots: Sequence[EngineSlot], view: QueueView, *, is_ready: bool, why: str) -> dict[str, Any]:
+    """The body of `/health`. why: a reason of the whole worker, before those of its engines."""
     ready = sum(slot.state is EngineState.READY for slot in slots)
     reasons = [f"{slot.name}: {slot.reason or slot.state.value}" for slot in slots if slot.reason]
     return {
@@ -32,5 +34,12 @@ def health_report(slots: Sequence[EngineSlot], view: QueueView, *, is_ready: boo
             for slot in slots
         ],
         "ready": is_ready,
-        "reason": "draining" if is_draining else "; ".join(reasons),
+        "reason": why or "; ".join(reasons),
     }
+
+
+def start_failure(slots: Sequence[EngineSlot]) -> str:
+    """Why no engine ever came up, once each of ours has failed often enough to call it a reason; else ""."""
+    if not slots or any(slot.version or slot.restarts < FAILED_STARTS for slot in slots):
+        return ""
+    return f"{slots[0].name} does not start: {slots[0].reason}"

@@ -31,7 +31,7 @@ from comfyfleet.wire.errors import (
 )
 from comfyfleet.wire.generation import GenerateInput, GenerateResult
 from comfyfleet.wire.jobs import RunStatus
-from comfyfleet.wire.shapes import shape_of
+from comfyfleet.wire.shapes import models_of, shape_of
 from comfyfleet.wire.workflow import Graph
 from comfyfleet.worker.engines.learned import Durations
 from comfyfleet.worker.engines.pool import EnginePool, EngineSlot, EngineState
@@ -40,7 +40,7 @@ from comfyfleet.worker.journal import Journal
 from comfyfleet.worker.limits import reason_to_stop
 from comfyfleet.worker.pipeline import Pipeline, Stages
 from comfyfleet.worker.queue import QueueView, WaitingLine, estimate
-from comfyfleet.worker.readiness import health_report
+from comfyfleet.worker.readiness import health_report, start_failure
 from comfyfleet.worker.resume import graph_again, whose
 from comfyfleet.worker.stages.prepare import build_graph, check_request
 from comfyfleet.worker.templates import Templates
@@ -88,6 +88,8 @@ class JobService:
         self._pipeline: Pipeline | None = None
         self._tasks: anyio.abc.TaskGroup | None = None
         self._draining = False
+        self.refusal: FleetError | None = None  # why nothing new is taken, set by who watches the disk
+        self.facts: dict[str, Any] = {}  # what others of this worker add to /health
 
     async def run(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Resume what the journal holds, then move jobs until cancelled."""
@@ -210,7 +212,7 @@ class JobService:
 
     @property
     def is_ready(self) -> bool:
-        return bool(self._pool.ready) and not self._draining
+        return bool(self._pool.ready) and not self._draining and self.refusal is None
 
     @property
     def engines(self) -> list[EngineSlot]:
@@ -218,7 +220,8 @@ class JobService:
 
     def health(self) -> dict[str, Any]:
         """Ready or not, and every engine's state."""
-        return health_report(self._pool.slots, self.queue_view(), is_ready=self.is_ready, is_draining=self._draining)
+        why = "draining" if self._draining else self.refusal.message if self.refusal else ""
+        return {**health_report(self._pool.slots, self.queue_view(), is_ready=self.is_ready, why=why), **self.facts}
 
     async def signed_again(self, job: Job) -> Finished:
         """A finished job's answer with links that are valid from now on."""
@@ -247,7 +250,13 @@ class JobService:
 
     def trouble(self) -> str:
         """Why no engine will ever take work without somebody's help, or ""."""
-        return self._pool.slots[0].reason if self._pool.is_hopeless else ""
+        if self.refusal is not None:
+            return self.refusal.message
+        return self._pool.slots[0].reason if self._pool.is_hopeless else start_failure(self._pool.slots)
+
+    def models_in_use(self) -> set[str]:
+        """Model files that live jobs name."""
+        return {name for graph in self._graphs.values() for name in models_of(graph)}
 
     def _find(self, scope: str, key: str) -> Job | None:
         return self.by_key(scope, key) or self._journal.find(scope=scope, key=key)
@@ -255,6 +264,8 @@ class JobService:
     def _admit(self) -> None:
         if self._draining or self._tasks is None:
             raise ShuttingDown("the worker is draining", retry_after_s=5)
+        if self.refusal is not None:
+            raise self.refusal
         if self._pool.is_hopeless:
             raise EngineUnavailable(f"no engine can work: {self._pool.slots[0].reason}", retry_after_s=60)
         if len(self._line.jobs) >= self._settings.max_queue_size:

@@ -13,6 +13,7 @@ from pathlib import Path
 import aiohttp
 import anyio
 import anyio.abc
+import anyio.to_thread
 import msgspec
 import structlog
 
@@ -27,6 +28,7 @@ from comfyfleet.wire.generation import GenerateInput
 from comfyfleet.wire.workers import WorkerStatusReport
 from comfyfleet.wire.workflow import Graph, parse_graph
 from comfyfleet.worker.agent.benchmark import BenchmarkFailed, BenchmarkKey, ScoreCache, graph_digest, with_random_seeds
+from comfyfleet.worker.agent.gpu import gpu_name
 from comfyfleet.worker.agent.listener import serve
 from comfyfleet.worker.agent.load_book import LoadBook, LoadSums
 from comfyfleet.worker.agent.measuring import Measured, measure
@@ -34,9 +36,10 @@ from comfyfleet.worker.agent.reporter import Reporter, ReportTarget
 from comfyfleet.worker.agent.server import TicketedServer
 from comfyfleet.worker.agent.session_routes import SessionRoutes
 from comfyfleet.worker.agent.sessions import Sessions
-from comfyfleet.worker.agent.startup import Stage, Startup
+from comfyfleet.worker.agent.startup import Stage
 from comfyfleet.worker.agent.tickets import TicketChecker
 from comfyfleet.worker.api.generate import GenerateRoutes
+from comfyfleet.worker.machine import Machine
 from comfyfleet.worker.service import JobService
 
 log = structlog.get_logger()
@@ -66,7 +69,7 @@ class Agent:
         routes: GenerateRoutes,
         fetcher: GuardedFetcher,
         folders: AgentFolders,
-        gpu_name: str,
+        machine: Machine,
         max_body_bytes: int,
         clock: Clock,
         ids: Ids,
@@ -74,9 +77,10 @@ class Agent:
         self._settings = settings
         self._service = service
         self._folders = folders
-        self._gpu_name = gpu_name
+        self._machine = machine
+        self._gpu_name = "cpu"
         self._clock = clock
-        self.startup = Startup(clock=clock)
+        self.startup = machine.startup
         self._book = LoadBook()
         self._measured: Measured | None = None
         self._reporter: Reporter | None = None
@@ -114,9 +118,11 @@ class Agent:
             loops.start_soon(self._start_up, session, name="start-up")
 
     async def _start_up(self, session: aiohttp.ClientSession) -> None:
+        await self._admit_tickets(session)
+        await self._machine.provisioning.done.wait()
+        self._gpu_name = await anyio.to_thread.run_sync(gpu_name)
         self.startup.enter(Stage.ENGINE_START)
         self._changed()
-        await self._admit_tickets(session)
         while not self._service.is_ready:
             await self._clock.sleep(ENGINE_POLL_S)
         self.startup.enter(Stage.ENGINE_READY)
@@ -235,6 +241,7 @@ class Agent:
             stage_detail=startup.detail,
             stage_seconds=dict(startup.seconds),
             gpu_name=self._gpu_name,
+            gpu={"cards": [msgspec.to_builtins(card) for card in self._machine.cards.facts]},
             engine_version=self._service.engine_version(),
             is_flagged=measured.flag if measured else "",
         )

@@ -50,5 +50,9 @@ class Startup:
                 self.loadtime_s = max(now - self._began_at, 0.001)
         self.detail = detail
 
+    def recover(self) -> None:
+        """What failed in this stage is being tried again."""
+        self.error = ""
+
     def fail(self, why: str) -> None:
         self.error = f"{self.stage}: {why}"

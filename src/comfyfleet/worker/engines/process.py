@@ -34,6 +34,7 @@ class EngineProcess:
     process: anyio.abc.Process
     log_path: Path
     worker_died: anyio.Event = field(default_factory=anyio.Event)
+    log_ended: anyio.Event = field(default_factory=anyio.Event)
     thread_died: bool = False
     threads_at_ready: frozenset[int] = frozenset()
     last_lines: list[str] = field(default_factory=list)
@@ -73,6 +74,11 @@ class EngineProcess:
                 *lines, rest = (rest + text).split("\n")
                 for line in lines:
                     self._look_at(line)
+        self.log_ended.set()
+
+    def last_words(self) -> str:
+        """The last line that says something; what an engine that cannot start leaves as its reason."""
+        return next((line.strip() for line in reversed(self.last_lines) if line.strip()), "")
 
     async def stop(self) -> None:
         """SIGTERM to the group, then SIGKILL; returns when it is gone."""

@@ -30,6 +30,7 @@ START_TIMEOUT_S = 600.0
 _WATCH_S = 1.0
 _PROBE_S = 2.0
 _BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_LAST_WORDS_S = 0.5
 _STEADY_S = 60.0  # a process that lived this long starts the backoff afresh
 
 
@@ -140,7 +141,12 @@ class Supervisor:
 
     async def _until_exit(self, child: EngineProcess) -> None:
         code = await child.process.wait()
-        raise _Ended(FaultKind.ENGINE_LOST, f"the engine ended with code {code}")
+        with anyio.move_on_after(_LAST_WORDS_S):
+            await child.log_ended.wait()
+        words = child.last_words() if code else ""
+        raise _Ended(
+            FaultKind.ENGINE_LOST, f"the engine ended with code {code}" + (f": {words[:300]}" if words else "")
+        )
 
     async def _until_wanted(self, slot: EngineSlot) -> None:
         await slot.restart_wanted.wait()

@@ -1,0 +1,129 @@
+"""Whatever keeps a worker from being Ready stands in the control plane's worker list, in its own words."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from support.control_plane import ControlPlane
+from support.model_server import Hosted, a_safetensors_file, model_server
+
+pytestmark = pytest.mark.slow
+
+FAKE = f"{sys.executable} -m comfyfleet.testing.fake_engine"
+
+
+class OneWorker:
+    """A fleet of one whose worker is started with `environment`; `template` is a workergroup's template."""
+
+    def __init__(self, folder: Path, template: str = "local", **environment: str) -> None:
+        self.template = template
+        self.plane = ControlPlane(
+            folder / "control",
+            arguments=["--fleet", "local", "--max-workers", "1"],
+            environment={
+                "COMFYFLEET_ENGINE_COMMAND": FAKE,
+                "COMFYFLEET_ALLOWED_PRIVATE_HOSTS": "127.0.0.1",
+                **environment,
+            },
+        )
+
+    def __enter__(self) -> OneWorker:
+        self.plane.start()
+        endpoint = {"endpoint_name": "comfy", "cold_workers": 1, "max_workers": 1, "min_load": 1e9}
+        assert self.plane.call("POST", "/api/v0/endptjobs/", endpoint)[0] == 200
+        group = {"endpoint_name": "comfy", "template_hash": self.template}
+        assert self.plane.call("POST", "/api/v0/workergroups/", group)[0] == 200
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.plane.close()
+
+    def row_when(self, wanted, limit_s: float = 40.0) -> dict:
+        """The worker's row, once `wanted(row)`."""
+        until = time.monotonic() + limit_s
+        rows: list[dict] = []
+        while time.monotonic() < until:
+            rows = self.plane.call("GET", "/v1/workers")[1]["workers"]
+            for row in rows:
+                if wanted(row):
+                    return row
+            time.sleep(0.1)
+        raise AssertionError(f"{rows}\n{self.plane.log[-2000:]}")
+
+
+def test_a_broken_benchmark_graph(tmp_path: Path):
+    graph = tmp_path / "benchmark.json"
+    graph.write_text(json.dumps({"1": {"class_type": "NoSuchNode", "inputs": {}}}))
+
+    with OneWorker(tmp_path, BENCHMARK_JSON_PATH=str(graph)) as fleet:
+        row = fleet.row_when(lambda row: row["error_msg"])
+
+    assert row["status"] == "error"
+    assert row["error_msg"].startswith("benchmark: ")
+    assert "NoSuchNode" in row["error_msg"]
+
+
+def test_a_missing_model(tmp_path: Path):
+    with model_server() as server, OneWorker(tmp_path, "sd15", HF_ENDPOINT=server.base) as fleet:
+        row = fleet.row_when(lambda row: row["error_msg"])
+
+    assert row["status"] == "error"
+    assert row["error_msg"].startswith("provisioning: v1-5-pruned-emaonly-fp16.safetensors: ")
+    assert row["error_msg"].endswith("answered 404")
+
+
+def test_an_engine_that_ends_at_start(tmp_path: Path):
+    script = tmp_path / "engine.py"
+    script.write_text("import sys; print('no CUDA driver', file=sys.stderr); sys.exit(3)")
+
+    with OneWorker(tmp_path, COMFYFLEET_ENGINE_COMMAND=f"{sys.executable} {script}") as fleet:
+        row = fleet.row_when(lambda row: row["error_msg"])
+
+    assert row["status"] == "error"
+    assert "engine-0 does not start: the engine ended with code 3: no CUDA driver" in row["error_msg"]
+
+
+def test_a_full_disk(tmp_path: Path):
+    with OneWorker(tmp_path, COMFYFLEET_MIN_FREE_BYTES=str(10**18)) as fleet:
+        row = fleet.row_when(lambda row: row["error_msg"])
+
+    assert row["status"] == "error"
+    assert "the disk is full" in row["error_msg"]
+    assert "1000000.00 TB needed" in row["error_msg"]
+
+
+def test_a_provisioning_script_that_fails_is_never_ready(tmp_path: Path):
+    script = tmp_path / "provision.sh"
+    script.write_text("echo fetching\necho 'no such bucket' >&2\nexit 7\n")
+
+    with OneWorker(tmp_path, PROVISIONING_SCRIPT=str(script)) as fleet:
+        row = fleet.row_when(lambda row: row["error_msg"])
+        log = next((tmp_path / "control" / "workers").glob("*/logs/model.log")).read_text()
+
+    assert row["status"] == "error"
+    assert row["error_msg"] == "provisioning: the provisioning script ended with code 7: no such bucket"
+    assert "[ERROR] Provisioning Script failed with exit code 7" in log
+    assert "BACKENDS_READY" not in log
+
+
+def test_a_worker_shows_how_far_its_downloads_are_and_then_serves(tmp_path: Path):
+    name = "v1-5-pruned-emaonly-fp16.safetensors"
+    content = a_safetensors_file(3_000_000)
+    with model_server() as server:
+        place = f"/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/{name}"
+        server.add(place, Hosted(content, bytes_per_s=1_000_000))
+        with OneWorker(tmp_path, "sd15", HF_ENDPOINT=server.base) as fleet:
+            loading = fleet.row_when(lambda row: "%" in row["stage_detail"])
+            ready = fleet.row_when(lambda row: row["status"] == "idle")
+            logs = next((tmp_path / "control" / "workers").glob("*/logs/model.log")).read_text()
+
+        assert (loading["status"], loading["stage"]) == ("loading", "provisioning")
+        assert loading["stage_detail"].startswith("downloading 1 of 1, ")
+        assert (tmp_path / "control" / "models" / "checkpoints" / name).read_bytes() == content
+        assert ready["error_msg"] == ""
+        assert logs.splitlines()[-1] == "BACKENDS_READY"
