@@ -24,6 +24,7 @@ from comfyfleet.provision.clean import (
 from comfyfleet.provision.progress import size
 from comfyfleet.provision.staging import free_bytes
 from comfyfleet.wire.errors import DiskFull
+from comfyfleet.wire.shapes import models_of
 from comfyfleet.worker.service import JobService
 
 log = structlog.get_logger()
@@ -92,7 +93,7 @@ class Housekeeping:
             await self._clock.sleep(LOOK_EVERY_S)
 
     async def look_once(self) -> None:
-        kept, used, now = self._kept_folders(), self._service.models_in_use(), self._clock.now()
+        kept, used, now = self._kept_folders(), self._models_in_use(), self._clock.now()
         cleaned = await anyio.to_thread.run_sync(
             lambda: clean(self._folders, self._rule, now=now, kept=kept, models_in_use=used)
         )
@@ -107,6 +108,9 @@ class Housekeeping:
             return
         self._service.refusal = disk_is_full(cleaned.free_bytes, self._rule) if cleaned.is_full else None
         log.warning("disk.full" if cleaned.is_full else "disk.has_room", free_bytes=cleaned.free_bytes)
+
+    def _models_in_use(self) -> set[str]:
+        return {name for graph in self._service.live_graphs() for name in models_of(graph)}
 
 
 def disk_is_full(free: int, rule: Rule) -> DiskFull:

@@ -31,7 +31,7 @@ from comfyfleet.wire.errors import (
 )
 from comfyfleet.wire.generation import GenerateInput, GenerateResult
 from comfyfleet.wire.jobs import RunStatus
-from comfyfleet.wire.shapes import models_of, shape_of
+from comfyfleet.wire.shapes import shape_of
 from comfyfleet.wire.workflow import Graph
 from comfyfleet.worker.engines.learned import Durations
 from comfyfleet.worker.engines.pool import EnginePool, EngineSlot, EngineState
@@ -220,7 +220,7 @@ class JobService:
 
     def health(self) -> dict[str, Any]:
         """Ready or not, and every engine's state."""
-        why = "draining" if self._draining else self.refusal.message if self.refusal else ""
+        why = "draining" if self._draining else str(self.refusal or "")
         return {**health_report(self._pool.slots, self.queue_view(), is_ready=self.is_ready, why=why), **self.facts}
 
     async def signed_again(self, job: Job) -> Finished:
@@ -254,9 +254,8 @@ class JobService:
             return self.refusal.message
         return self._pool.slots[0].reason if self._pool.is_hopeless else start_failure(self._pool.slots)
 
-    def models_in_use(self) -> set[str]:
-        """Model files that live jobs name."""
-        return {name for graph in self._graphs.values() for name in models_of(graph)}
+    def live_graphs(self) -> list[Graph]:
+        return list(self._graphs.values())
 
     def _find(self, scope: str, key: str) -> Job | None:
         return self.by_key(scope, key) or self._journal.find(scope=scope, key=key)
