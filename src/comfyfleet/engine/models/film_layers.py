@@ -40,6 +40,10 @@ class Memory:
     def remember(self, layer: nn.Module, frames: Tensor) -> None:
         self._frames[layer] = frames.clone()  # a copy: a view would keep the whole part alive
 
+    @property
+    def size_bytes(self) -> int:
+        return sum(frames.untyped_storage().nbytes() for frames in self._frames.values())
+
     def has_begun(self, layer: nn.Module) -> bool:
         return layer in self._begun
 

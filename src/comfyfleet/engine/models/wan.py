@@ -9,6 +9,7 @@ Not here: image-to-video inputs, camera and control branches.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -171,7 +172,7 @@ class WanTransformer(nn.Module):
         for layer in self.time_projection:
             modulation = layer(modulation)
         modulation = modulation.unflatten(1, (6, -1))
-        rotary = rotary_angles(grid, x.device)
+        rotary = rotary_angles(tuple(grid), x.device)
         for block, text in zip(self.blocks, texts, strict=True):
             x = block(x, modulation, rotary, text)
         x = unpatchify(self.head(x, time), grid, self.sizes.patch)
@@ -186,7 +187,8 @@ def sinusoid(timestep: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def rotary_angles(grid: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+@functools.lru_cache(maxsize=2)  # a job has one grid, and asks for it at every step
+def rotary_angles(grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines per token, (tokens, 1, 64) both: 22 pairs turn with time, 21 with height, 21 with width."""
     axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     angles = []

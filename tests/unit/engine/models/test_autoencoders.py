@@ -7,7 +7,7 @@ import torch
 
 from comfyfleet.engine.models import film_layers
 from comfyfleet.engine.models.checkpoint import open_checkpoint
-from comfyfleet.engine.models.film_layers import RmsNorm
+from comfyfleet.engine.models.film_layers import Memory, RmsNorm
 from comfyfleet.engine.models.sd15_vae import open_sd15_vae
 from comfyfleet.engine.models.wan_vae import open_wan_vae
 from comfyfleet.wire.errors import ModelFileUnusable
@@ -93,3 +93,16 @@ def test_a_picture_is_cropped_at_its_centre_to_multiples_of_eight():
 def test_latents_of_another_family_are_refused_with_both_shapes(shape):
     with pytest.raises(ModelFileUnusable, match=r"\(batch, 16, frames, height, width\), not \[1, 4"):
         next(a_film_vae().decode(torch.zeros(shape)))
+
+
+def test_what_is_remembered_between_frames_does_not_grow_with_the_film():
+    network = a_film_vae().network()
+    film = torch.randn(1, 16, 6, 2, 2, generator=torch.Generator().manual_seed(4))
+    memory, sizes = Memory(), []
+
+    with torch.no_grad():
+        for latent in film.split(1, dim=2):
+            network.decoder(network.conv2(latent, memory), memory)
+            sizes.append(memory.size_bytes)
+
+    assert sizes[1] == sizes[-1] > 0
