@@ -127,3 +127,10 @@ def test_everything_but_health_docs_and_public_keys_needs_a_key(plane, path):
     status, body = plane.call("GET", path, key="")
 
     assert (status, body["error"]) == (401, "unauthorized")
+
+
+def test_a_certificate_is_signed_for_who_may_ask_for_one(plane):
+    assert plane.call("POST", "/api/v0/sign_cert/?instance_id=42", {"x": 1}, key="")[0] == 401
+    assert plane.call("POST", "/api/v0/sign_cert/?instance_id=42", {"x": 1}, key="guess")[0] == 401
+    status, body = plane.call("POST", "/api/v0/sign_cert/?address=10.0.0.7", {"x": 1})
+    assert (status, body["error"]) == (400, "bad_request")

@@ -24,7 +24,7 @@ from starlette.routing import Mount
 
 from comfyfleet.clock import Clock, SystemClock
 from comfyfleet.control.account import Account, WorkerEnvironment, built_in_templates
-from comfyfleet.control.api import account, endpoints, insight, templates, workergroups
+from comfyfleet.control.api import account, certificates, endpoints, insight, templates, workergroups
 from comfyfleet.control.api.calling import ERROR_HANDLERS, Caller
 from comfyfleet.control.api.jobs import JobApi
 from comfyfleet.control.catalog import Catalog
@@ -188,13 +188,13 @@ def build(control: Control) -> Starlette:
     api.include_router(workergroups.router(management, keyring, workers, caller))
     api.include_router(templates.router(management, caller))
     api.include_router(account.router(control.account, keyring, control.store, caller, control.clock, control.ids))
+    api.include_router(certificates.router(control.authority, keyring, workers))
     api.include_router(
         insight.router(
             management=management,
             workers=workers,
             logbook=control.logbook,
             store=control.store,
-            authority=control.authority,
             metrics=control.metrics,
             caller=caller,
         )

@@ -2,63 +2,18 @@
 
 from __future__ import annotations
 
-import aiohttp
 import msgspec
 import pytest
-from aiohttp import web
 
-from comfyfleet.control.worker_calls import Ended, News, Refused, Taken, Unreachable, WorkerCalls
-from comfyfleet.wire.routing import RouteReady
+from comfyfleet.control.worker_calls import Ended, News, Refused, Taken, Unreachable
+from support.http_worker import HttpWorker
 
 pytestmark = pytest.mark.anyio
 RESULT = {"id": "j", "status": "completed", "message": "", "output": [], "timings": {}}
 
 
-class Worker:
-    """A server whose answers a test sets: path -> (status, body or lines, headers)."""
-
-    def __init__(self) -> None:
-        self.answers: dict[str, tuple[int, object, dict[str, str]]] = {}
-        self.heard: list[tuple[str, dict]] = []
-
-    async def __aenter__(self):
-        app = web.Application()
-        app.router.add_route("*", "/{tail:.*}", self._answer)
-        self._runner = web.AppRunner(app)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
-        self._session = aiohttp.ClientSession()
-        self.calls = WorkerCalls(self._session)
-        return self
-
-    async def __aexit__(self, *_error):
-        await self._session.close()
-        await self._runner.cleanup()
-
-    async def _answer(self, request):
-        self.heard.append((request.path, msgspec.json.decode(await request.read())))
-        status, body, headers = self.answers.get(request.path, (404, "404: Not Found", {}))
-        if isinstance(body, list):
-            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-            await response.prepare(request)
-            for part in body:
-                await response.write(part)
-            request.transport.close()
-            return response
-        if isinstance(body, str):
-            return web.Response(status=status, text=body, headers=headers)
-        return web.json_response(body, status=status, headers=headers)
-
-    def ticket(self) -> RouteReady:
-        return RouteReady(
-            endpoint="e", url=self.url, cost=100.0, reqnum=1, request_idx=2, signature="s", ticket="t", request_id="r"
-        )
-
-
 async def test_our_worker_takes_the_job_and_is_shown_the_ticket():
-    async with Worker() as worker:
+    async with HttpWorker() as worker:
         worker.answers["/generate"] = (202, {"id": "j", "status": "queued"}, {})
 
         assert await worker.calls.start(worker.ticket(), b'{"input":{"request_id":"j"}}') == Taken()
@@ -69,7 +24,7 @@ async def test_our_worker_takes_the_job_and_is_shown_the_ticket():
 
 
 async def test_a_public_pyworker_knows_only_the_synchronous_route():
-    async with Worker() as worker:
+    async with HttpWorker() as worker:
         worker.answers["/generate/sync"] = (200, RESULT, {})
 
         ended = await worker.calls.start(worker.ticket(), b'{"input":{}}')
@@ -98,7 +53,7 @@ async def test_a_refusal_says_whether_waiting_helps(status, code, headers, retry
         "message": "no",
         "error": {"code": code, "message": "no", "details": {"a": 1}},
     }
-    async with Worker() as worker:
+    async with HttpWorker() as worker:
         worker.answers["/generate"] = (status, body if code else "", headers)
 
         refused = await worker.calls.start(worker.ticket(), b"{}")
@@ -115,7 +70,7 @@ async def test_a_job_that_failed_by_itself_has_ended():
         "message": "m",
         "error": {"code": "job_failed", "message": "m", "details": {}},
     }
-    async with Worker() as worker:
+    async with HttpWorker() as worker:
         worker.answers["/generate"] = (422, body, {})
 
         assert isinstance(await worker.calls.start(worker.ticket(), b"{}"), Ended)
@@ -126,7 +81,7 @@ async def test_progress_and_result_arrive_however_the_bytes_are_cut():
         b'id: 1\ndata: {"status":"generating","progress":{"percentage":50}}\n\n: still here\n\n'
         b'data: {"status":"final_result","result":' + msgspec.json.encode({**RESULT, "big": "x" * 300_000}) + b"}\n\n"
     )
-    async with Worker() as worker:
+    async with HttpWorker() as worker:
         worker.answers["/result/j"] = (200, [whole[:30], whole[30:31], whole[31:]], {})
 
         heard = [item async for item in worker.calls.follow(worker.ticket(), "j")]
@@ -138,7 +93,7 @@ async def test_progress_and_result_arrive_however_the_bytes_are_cut():
 
 
 async def test_a_stream_that_breaks_off_is_not_an_end():
-    async with Worker() as worker:
+    async with HttpWorker() as worker:
         worker.answers["/result/j"] = (200, [b'data: {"status":"generating"}\n\n'], {})
 
         with pytest.raises(Unreachable):
@@ -146,9 +101,9 @@ async def test_a_stream_that_breaks_off_is_not_an_end():
 
 
 async def test_a_worker_that_is_not_there_is_unreachable_and_cannot_be_cancelled_at():
-    async with Worker() as worker:
+    async with HttpWorker() as worker:
         ticket = worker.ticket()
-        await worker._runner.cleanup()
+        await worker.runner.cleanup()
 
         with pytest.raises(Unreachable):
             await worker.calls.start(ticket, b"{}")

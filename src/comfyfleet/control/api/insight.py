@@ -1,15 +1,14 @@
-"""What an operator looks at: workers, logs, scaling decisions, health, metrics; and the CA file, which needs no key."""
+"""What an operator looks at: workers, logs, scaling decisions, health, metrics."""
 
 from __future__ import annotations
 
 import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 
 from comfyfleet.control.api.calling import Caller, add
 from comfyfleet.control.auth import READ
-from comfyfleet.control.certificates import CertificateAuthority
 from comfyfleet.control.logbook import Logbook
 from comfyfleet.control.management import Management
 from comfyfleet.control.metrics import Metrics
@@ -43,7 +42,6 @@ def router(
     workers: Workers,
     logbook: Logbook,
     store: Store,
-    authority: CertificateAuthority,
     metrics: Metrics,
     caller: Caller,
 ) -> APIRouter:
@@ -111,9 +109,6 @@ def router(
         (await caller.principal(request)).demand(READ)
         return Response(await metrics.render(), media_type="text/plain; version=0.0.4")
 
-    async def root_certificate() -> Response:
-        return PlainTextResponse(authority.pem, media_type="application/x-x509-ca-cert")
-
     add(routes, ["POST"], ["/get_endpoint_workers/"], get_endpoint_workers, summary="Live workers", body=WorkersBody)
     add(routes, ["GET"], ["/v1/workers"], list_workers, summary="Every live worker this key may see")
     add(routes, ["POST"], ["/get_endpoint_logs/"], get_endpoint_logs, summary="An endpoint's log", body=LogsBody)
@@ -134,5 +129,4 @@ def router(
     )
     add(routes, ["GET"], ["/health"], health, summary="200 while this process serves; no key")
     add(routes, ["GET"], ["/metrics"], show_metrics, summary="Prometheus metrics")
-    add(routes, ["GET"], ["/static/jvastai_root.cer"], root_certificate, summary="The root certificate; no key")
     return routes

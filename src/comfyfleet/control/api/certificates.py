@@ -1,0 +1,60 @@
+"""The certificate authority's doors: `/static/jvastai_root.cer` (no key) and `/api/v0/sign_cert/` (a worker's own).
+
+A worker shows its token and gets a certificate for the address it calls from, and no other; a managing key may ask for
+any address. The stock start script of the public worker sends no token, and is refused.
+"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from comfyfleet.control.api.calling import add, read_body
+from comfyfleet.control.auth import MANAGE
+from comfyfleet.control.certificates import CertificateAuthority
+from comfyfleet.control.keys import Keyring
+from comfyfleet.control.workers import Workers
+from comfyfleet.web import bearer_key
+from comfyfleet.wire.errors import InvalidArguments, Unauthorized
+
+MAX_REQUEST_BYTES = 16_384
+
+
+def router(authority: CertificateAuthority, keyring: Keyring, workers: Workers) -> APIRouter:
+    """The routes."""
+    routes = APIRouter(tags=["certificates"])
+
+    async def root_certificate() -> Response:
+        return PlainTextResponse(authority.pem, media_type="application/x-x509-ca-cert")
+
+    async def sign_certificate(request: Request) -> Response:
+        address = allowed_address(request)
+        signed = authority.sign(await read_body(request, MAX_REQUEST_BYTES), address)
+        return PlainTextResponse(signed, media_type="application/x-pem-file")
+
+    def allowed_address(request: Request) -> str:
+        """The address this caller may have certified. Raises Unauthorized or InvalidArguments."""
+        key, instance_id = bearer_key(request), request.query_params.get("instance_id", "")
+        here = request.client.host if request.client is not None else ""
+        try:
+            if instance_id.isascii() and instance_id.isdigit():
+                workers.authenticate(int(instance_id), key)
+                return here
+        except Unauthorized:
+            pass
+        keyring.principal(key).demand(MANAGE)
+        address = request.query_params.get("address", "")
+        if not address or len(address) > 253:
+            raise InvalidArguments("`address` is needed: an IP address or a host name", field="address")
+        return address
+
+    add(routes, ["GET"], ["/static/jvastai_root.cer"], root_certificate, summary="The root certificate; no key")
+    add(
+        routes,
+        ["POST"],
+        ["/api/v0/sign_cert/"],
+        sign_certificate,
+        summary="A certificate for a signing request (PEM or DER)",
+    )
+    return routes

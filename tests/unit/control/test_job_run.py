@@ -1,0 +1,186 @@
+"""One lease's life, over a real store and real HTTP: every way it can end."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from comfyfleet.clock import SystemClock
+from comfyfleet.control.admission import SEALED, JobSecrets
+from comfyfleet.control.job_feed import JobFeed
+from comfyfleet.control.job_run import JobRun
+from comfyfleet.control.jobs import Job, Lease, rank
+from comfyfleet.control.keys import Vault
+from comfyfleet.control.store.store import open_sqlite
+from comfyfleet.control.worker import Worker
+from comfyfleet.control.worker_states import WorkerState
+from comfyfleet.control.workers import Workers
+from comfyfleet.wire.generation import WebhookTarget
+from comfyfleet.wire.jobs import JobStatus
+from support.http_worker import HttpWorker
+
+pytestmark = pytest.mark.anyio
+VAULT = Vault(b"m" * 64)
+DONE = {"id": "j", "status": "completed", "message": "", "output": [], "timings": {}}
+FINAL = b'data: {"status":"final_result","result":' + msgspec.json.encode(DONE) + b"}\n\n"
+
+
+class Leased:
+    """A job leased to worker 7 at `worker`, and its run."""
+
+    def __init__(self, folder, worker: HttpWorker, **fields) -> None:
+        self.worker = worker
+        self.clock = SystemClock()
+        self.store = open_sqlite(folder / "control.sqlite3")
+        self.workers = Workers()
+        self._fields = fields
+
+    async def __aenter__(self):
+        now = self.clock.now()
+        values = {
+            "id": "j",
+            "endpoint_id": 1,
+            "scope": "key:1",
+            "status": JobStatus.QUEUED,
+            "priority": 0,
+            "cost": 100.0,
+            "rank": rank(now, 0),
+            "created_at": now,
+            "not_before": 0.0,
+            "input": '{"workflow_json":{},"request_id":"mine"}',
+            "digest": "d",
+        }
+        await self.store.add_jobs([Job(**{**values, **self._fields})])
+        lease = Lease(
+            job_id="j",
+            token="t",
+            leased_at=now,
+            expires_at=now + 30,
+            worker_id=7,
+            worker_url=self.worker.url,
+            request_idx=2,
+        )
+        job = await self.store.lease(lease)
+        state = {"id": 7, "endpoint_id": 1, "group_id": 1, "mtoken": "m", "created_at": now}
+        self.workers.add(Worker(**state, state=WorkerState.IDLE, url=self.worker.url), now)
+        self.run = JobRun(
+            job,
+            store=self.store,
+            workers=self.workers,
+            calls=self.worker.calls,
+            feed=JobFeed(),
+            vault=VAULT,
+            clock=self.clock,
+            ticket_for=lambda _job: self.worker.ticket(),
+            lost_after_s=0.2,
+        )
+        return self
+
+    async def __aexit__(self, *_error):
+        await self.store.close()
+
+    async def stored(self) -> Job:
+        return await self.store.job("j")
+
+
+async def test_a_job_that_completes_keeps_the_workers_result(tmp_path):
+    async with HttpWorker() as worker, Leased(tmp_path, worker) as leased:
+        worker.answers["/generate"] = (202, {"id": "j", "status": "queued"}, {})
+        worker.answers["/result/j"] = (200, [b'data: {"status":"generating","message":"m"}\n\n', FINAL], {})
+
+        outcome = await leased.run.run(worker.ticket())
+
+        job = await leased.stored()
+        assert (outcome.status, job.status) == (JobStatus.COMPLETED, JobStatus.COMPLETED)
+        assert msgspec.json.decode(job.result) == DONE
+        kinds = [event.kind for event in await leased.store.events("j")]
+        assert kinds == ["queued", "leased", "running", "progress", "completed"]
+    payload = worker.heard[0][1]["payload"]["input"]
+    assert payload["request_id"] == "j"
+
+
+async def test_the_worker_gets_the_callers_s3_keys_and_never_the_webhook(tmp_path):
+    secrets = JobSecrets(s3={"secret_access_key": "x"}, webhook=WebhookTarget(url="http://a", secret="s"))
+    sealed = VAULT.seal(msgspec.json.encode(secrets).decode(), SEALED)
+    async with HttpWorker() as worker, Leased(tmp_path, worker, sealed=sealed, webhook="sealed") as leased:
+        worker.answers["/generate"] = (200, DONE, {})
+
+        await leased.run.run(worker.ticket())
+
+        assert await leased.store.undelivered() == ["j"]
+    payload = worker.heard[0][1]["payload"]["input"]
+    assert payload["s3"] == {"secret_access_key": "x"}
+    assert "webhook" not in payload
+
+
+async def test_a_busy_worker_gives_the_job_back_for_as_long_as_it_said(tmp_path):
+    async with HttpWorker() as worker, Leased(tmp_path, worker) as leased:
+        refusal = {"status": "failed", "message": "full", "error": {"code": "queue_full", "message": "full"}}
+        worker.answers["/generate"] = (503, refusal, {"Retry-After": "5"})
+
+        outcome = await leased.run.run(worker.ticket())
+
+        job = await leased.stored()
+        assert (outcome.status, job.status, job.lost_on) == (None, JobStatus.QUEUED, frozenset())
+        assert 4 < job.not_before - leased.clock.now() <= 5
+
+
+async def test_a_refused_workflow_fails_with_the_workers_words(tmp_path):
+    async with HttpWorker() as worker, Leased(tmp_path, worker) as leased:
+        error = {"code": "workflow_refused", "message": "no", "details": {"node_id": "4"}}
+        worker.answers["/generate"] = (422, {"status": "failed", "error": error}, {})
+
+        await leased.run.run(worker.ticket())
+
+        job = await leased.stored()
+        assert (job.status, msgspec.json.decode(job.error)) == (JobStatus.FAILED, error)
+
+
+async def test_a_stream_that_breaks_off_is_followed_again(tmp_path):
+    async with HttpWorker() as worker, Leased(tmp_path, worker) as leased:
+        worker.answers["/generate"] = (202, {"status": "queued"}, {})
+        worker.scripts["/result/j"] = [(200, [b'data: {"status":"generating"}\n\n'], {}), (200, [FINAL], {})]
+
+        outcome = await leased.run.run(worker.ticket())
+
+        assert outcome.status is JobStatus.COMPLETED
+        assert [path for path, _ in worker.heard] == ["/generate", "/result/j", "/result/j"]
+
+
+async def test_a_worker_that_forgot_the_job_gives_it_back(tmp_path):
+    async with HttpWorker() as worker, Leased(tmp_path, worker) as leased:
+        gone = {"status": "failed", "error": {"code": "not_found", "message": "no such job"}}
+        worker.answers["/result/j"] = (404, gone, {})
+
+        outcome = await leased.run.run(None)
+
+        assert outcome.status is None
+        assert (await leased.stored()).status is JobStatus.QUEUED
+
+
+async def test_a_lost_workers_job_waits_for_another_and_the_third_loss_is_the_last(tmp_path):
+    for folder, lost, status in (("a", [], JobStatus.QUEUED), ("b", [1, 2], JobStatus.FAILED)):
+        lost_workers = msgspec.json.encode(lost).decode()
+        async with HttpWorker() as worker, Leased(tmp_path / folder, worker, lost_workers=lost_workers) as leased:
+            await worker.runner.cleanup()
+
+            outcome = await leased.run.run(worker.ticket())
+
+            job = await leased.stored()
+            assert job.status is status
+            assert outcome.is_left_behind == (status is JobStatus.QUEUED)
+            if status is JobStatus.QUEUED:
+                assert job.lost_on == {7}
+            else:
+                assert msgspec.json.decode(job.error)["code"] == "poison_job"
+
+
+async def test_a_result_under_a_lost_lease_is_dropped(tmp_path):
+    async with HttpWorker() as worker, Leased(tmp_path, worker) as leased:
+        worker.answers["/generate"] = (200, DONE, {})
+        await leased.store.take_over("j", old_token="t", token="somebody's", expires_at=1e12)
+
+        outcome = await leased.run.run(worker.ticket())
+
+        assert outcome.status is None
+        assert (await leased.stored()).status is JobStatus.LEASED
