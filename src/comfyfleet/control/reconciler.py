@@ -9,6 +9,7 @@ from __future__ import annotations
 import anyio
 import msgspec
 import structlog
+from anyio.lowlevel import checkpoint
 
 from comfyfleet.clock import Clock
 from comfyfleet.control import breaker
@@ -37,6 +38,7 @@ from comfyfleet.control.workers import Workers
 log = structlog.get_logger()
 
 TICK_S = 1.0
+STEERED_A_PASS = 50
 
 
 class Reconciler:
@@ -68,6 +70,7 @@ class Reconciler:
         self._said: dict[int, str] = {}
         self._group_perf: dict[int, float] = {}
         self._kicked = anyio.Event()
+        self._pass = 0
 
     def kick(self) -> None:
         """Look again at once."""
@@ -92,8 +95,14 @@ class Reconciler:
             log.info("worker.silent", worker=gone.id)
         await self._lifecycle.advance(present)
         self._check_all(present, now)
-        for endpoint in self._catalog.endpoints():
-            await self._steer(endpoint)
+        endpoints = self._catalog.endpoints()
+        self._pass += 1
+        stride = 1 + len(endpoints) // STEERED_A_PASS
+        for endpoint in endpoints:
+            # With hundreds of endpoints a calm one has its turn every few seconds; one with a line always has.
+            if self._desk.queue.waiting_count(endpoint.id) or (self._pass + endpoint.id) % stride == 0:
+                await self._steer(endpoint)
+                await checkpoint()  # a route call need not wait for the whole pass
         await self._persist()
 
     def _check_all(self, present: dict[int, FleetWorker], now: float) -> None:
