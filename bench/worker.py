@@ -18,6 +18,7 @@ import anyio
 import msgspec
 
 from bench.figure import Figure
+from bench.object_store import slow_store
 from comfyfleet.clock import SystemClock
 from comfyfleet.testing.processes import WorkerProcess, a_worker, picture
 
@@ -200,6 +201,55 @@ async def _memory(worker: WorkerProcess, jobs: int = 10_000) -> list[Figure]:
     ]
 
 
+def _big(files: int, size_bytes: int) -> dict[str, Any]:
+    return {
+        str(number): {
+            "class_type": "FakeBig",
+            "inputs": {"size_bytes": size_bytes, "filename_prefix": f"big/{files}-{number}"},
+        }
+        for number in range(files)
+    }
+
+
+async def _peak_growth_mb(worker: WorkerProcess, graph: dict[str, Any]) -> float:
+    """How far the worker's memory rises above its start while one job with big outputs runs and is uploaded."""
+    before = peak = _rss_mb(worker.pid)
+    async with anyio.create_task_group() as tasks:
+
+        async def look() -> None:
+            nonlocal peak
+            while True:
+                peak = max(peak, _rss_mb(worker.pid))
+                await anyio.sleep(0.01)
+
+        tasks.start_soon(look)
+        status, answer = await worker.generate(graph)
+        tasks.cancel_scope.cancel()
+    if status != 200 or any("upload_error" in output for output in answer["output"]):
+        raise RuntimeError(str([output.get("upload_error") for output in answer["output"]]))
+    return peak - before
+
+
+async def _with_a_store(folder: Path) -> list[Figure]:
+    """The idle gap while each upload takes half a second, and memory while gigabytes are uploaded."""
+    found = []
+    async with slow_store(0.5) as env, a_worker(folder / "slow", MAX_QUEUE_SIZE="1000", **env) as worker:
+        found.append(_gap_figure(await _gaps(worker, "slow", 40), ", each upload 500 ms"))
+    async with slow_store(0.0) as env, a_worker(folder / "big", **env) as worker:
+        await worker.generate(picture(1))
+        for name, graph in (("1 GB", _big(1, 10**9)), ("3 x 300 MB", _big(3, 3 * 10**8))):
+            found.append(
+                Figure(
+                    name=f"worker: memory grown while {name} of outputs are uploaded",
+                    value=round(await _peak_growth_mb(worker, graph), 1),
+                    unit="MB",
+                    goal=64.0,
+                    better="lower",
+                )
+            )
+    return found
+
+
 async def measure() -> list[Figure]:
     """All of this room's figures."""
     found: list[Figure] = []
@@ -213,6 +263,7 @@ async def measure() -> list[Figure]:
             found.append(_gap_figure(await _gaps(worker, "gap", 60), ""))
             found += await _memory(worker)
             tasks.cancel_scope.cancel()
+        found += await _with_a_store(Path(folder))
     return found
 
 
