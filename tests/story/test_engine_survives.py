@@ -89,6 +89,7 @@ KILLERS: dict[str, dict] = {
     "inputs are null": {"prompt": GOOD | {"3": {"class_type": "EmptyImage", "inputs": None}}},
     "inputs are text": {"prompt": GOOD | {"3": {"class_type": "EmptyImage", "inputs": "x"}}},
     "a deep input": {"prompt": picture(6, bogus=nested(900))},
+    "a deep note": {"prompt": GOOD | {"3": {"class_type": "EmptyImage", "inputs": {}, "_meta": nested(900)}}},
     "a deep input nobody needs": {"prompt": GOOD | {"3": {"class_type": "EmptyImage", "inputs": {"x": nested(900)}}}},
     "client_id is an object": {"prompt": GOOD, "client_id": {}},
     "client_id is a list": {"prompt": GOOD, "client_id": []},
@@ -137,6 +138,12 @@ async def test_a_body_over_the_limit_is_refused_before_it_is_read(client: Talk) 
 
     assert answer.startswith(b"HTTP/1.1 413")
     assert answer.endswith(b"Maximum request body size 104857600 exceeded.")
+
+
+async def test_a_value_nested_as_deep_as_comfyui_bears_it_runs(client: Talk) -> None:
+    entry = await client.run(picture(11, bogus=nested(400)))
+
+    assert entry["status"]["completed"]
 
 
 async def test_integers_of_any_size_survive(client: Talk) -> None:

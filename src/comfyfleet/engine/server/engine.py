@@ -25,6 +25,7 @@ from comfyfleet.ids import Ids
 log = structlog.get_logger()
 
 LOST_TYPE = "comfyfleet.RenderProcessLost"
+BUG_TYPE = "comfyfleet.EngineFailure"
 RESTART_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # after children that never became ready
 
 
@@ -105,7 +106,12 @@ class Engine:
             if not record.messages and item.prompt_id not in self._tried_again:
                 self._try_again(item)
                 raise
-            teller.tell(self._loss(item, teller, lost))
+            teller.tell(self._failed(item, teller, LOST_TYPE, f"{lost.reason}; the next prompt gets a fresh process\n"))
+            self._finish(record, None)
+            raise
+        except Exception as error:
+            # A bug of ours must not leave a prompt that runs for ever: it fails, and `run` starts afresh.
+            teller.tell(self._failed(item, teller, BUG_TYPE, f"the engine failed: {error!r}\n"))
             self._finish(record, None)
             raise
         self._finish(record, outcome)
@@ -133,14 +139,14 @@ class Engine:
             raise RuntimeError("the render process spoke although nothing runs")
         return taken
 
-    def _loss(self, item: QueuedPrompt, teller: Teller, lost: RenderLost) -> events.RunFailed:
+    def _failed(self, item: QueuedPrompt, teller: Teller, kind: str, message: str) -> events.RunFailed:
         node = teller.current_node
         return events.RunFailed(
             node_id=node or "",
             node_type=item.prompt[node]["class_type"] if node else "",
             executed=[],
-            exception_message=f"{lost.reason}; this prompt failed, the next one gets a fresh process\n",
-            exception_type=LOST_TYPE,
+            exception_message=message,
+            exception_type=kind,
             traceback=[],
             current_inputs={},
             current_outputs=[],
