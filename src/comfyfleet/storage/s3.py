@@ -25,7 +25,7 @@ from comfyfleet.settings.storage import WEEK_S, S3Settings
 from comfyfleet.storage.base import SignedUrl, StorageFailed, checked_key
 
 PART_BYTES = 5 * 1024 * 1024  # the least that S3 takes; 10,000 of them are 50 GB
-PARTS_AT_ONCE = 2
+PARTS_AT_ONCE = 3
 _KEPT_STORES = 64
 _DIGEST = "sha256"
 

@@ -70,9 +70,9 @@ class StoreOutputs:
         self._base64_max_bytes = base64_max_bytes
         self._threads = anyio.CapacityLimiter(4)
         # Lanes by whose store it is and whether the file is long: a stranger's slow bucket, or a gigabyte on its way,
-        # holds up its like and nobody else. Long ones hold two parts in memory each.
+        # holds up its like and nobody else. Long ones go one by one, in parts side by side: memory stays flat.
         self._lanes = {
-            (is_own, is_long): anyio.CapacityLimiter(2 if is_long else 16)
+            (is_own, is_long): anyio.CapacityLimiter(1 if is_long else 16)
             for is_own in (False, True)
             for is_long in (False, True)
         }
