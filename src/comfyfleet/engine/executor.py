@@ -15,6 +15,7 @@ from typing import Any
 from comfyfleet.clock import Clock
 from comfyfleet.engine import events
 from comfyfleet.engine.cache import FileState, Result, ResultCache
+from comfyfleet.engine.failures import OUT_OF_MEMORY, describe_error, shown_value
 from comfyfleet.engine.folders import EngineFolders
 from comfyfleet.engine.media.pictures import preview_jpeg, whole_png
 from comfyfleet.engine.memory import Residency
@@ -33,8 +34,6 @@ from comfyfleet.engine.values import DiffusionModel
 from comfyfleet.wire.workflow import is_link
 
 MODEL_KINDS = {"MODEL", "CLIP", "VAE"}
-MAX_SHOWN_INPUT = 2000  # characters of one input's text in an error
-OUT_OF_MEMORY = "torch.OutOfMemoryError"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +148,7 @@ class _Run:
             if node_id not in known:
                 for source in self._sources[node_id]:
                     self._waiting_users[source] += 1
+        self._values = {node_id: value for node_id, value in self._values.items() if self._waiting_users[node_id]}
         while (next_node := plan.next_node()) is not None:
             node_id = self.node_id = next_node
             if node_id in known:
@@ -299,26 +299,3 @@ class _Run:
         except OSError:
             pass  # the file is gone: its node will say so when it runs, and nothing cached can match
         return ""
-
-
-def describe_error(error: Exception) -> tuple[str, str]:
-    """(dotted type, message) as ComfyUI tells them; every way of running out of memory has one type."""
-    kind = type(error).__qualname__
-    module = type(error).__module__
-    message = f"{error}\n"
-    is_refused_allocation = "allocate memory" in str(error) or "not enough memory" in str(error)
-    if kind in ("OutOfMemoryError", "MemoryError") or (isinstance(error, RuntimeError) and is_refused_allocation):
-        hint = "This needed more memory than there is: a smaller size, fewer frames or a smaller batch needs less.\n"
-        return OUT_OF_MEMORY, f"{message}\n{hint}"
-    return (kind if module == "builtins" else f"{module}.{kind}"), message
-
-
-def shown_value(value: Any) -> Any:
-    """An input as an error shows it: short, and never a tensor's numbers."""
-    if isinstance(value, int | float | bool) or value is None:
-        return value
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{type(value).__name__} {tuple(value.shape)} {value.dtype}"
-    if isinstance(value, str):
-        return value[:MAX_SHOWN_INPUT]
-    return type(value).__name__

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from comfyfleet.engine.events import NodeProgress, RunFailed, RunInterrupted
-from comfyfleet.engine.executor import OUT_OF_MEMORY, Job
+from comfyfleet.engine.executor import Job
+from comfyfleet.engine.failures import OUT_OF_MEMORY
 from comfyfleet.engine.registry import InputFiles, ModelFiles, NodeRegistry, NodeRun, Shown, choice, integer, link
 from support.engine_world import EngineWorld, node
 
