@@ -37,6 +37,11 @@ class Memory:
         self.remember(layer, joined[:, :, -window:])
         return joined
 
+    def recall(self, layer: nn.Module, place: Tensor) -> None:
+        """Write the last frames this layer saw to `place` (B, C, window, h, w); zeros before the film."""
+        past = self._frames.get(layer)
+        place.zero_() if past is None else place.copy_(past)
+
     def remember(self, layer: nn.Module, frames: Tensor) -> None:
         self._frames[layer] = frames.clone()  # a copy: a view would keep the whole part alive
 
@@ -70,6 +75,22 @@ class CausalConv(nn.Module):
         return convolve(x, self.weight, self.bias, self.pad, self.stride)
 
 
+def norm_then_conv(norm: RmsNorm, conv: CausalConv, x: Tensor, memory: Memory) -> Tensor:
+    """conv(SiLU(norm(x))), the two in every residual block; on the CPU's road the norm writes straight behind the past.
+
+    That saves a pass over the whole feature map, which joining past and present would cost.
+    """
+    last = x.permute(0, 2, 3, 4, 1)  # (B, t, h, w, C)
+    if not (on_cpu_road(x) and last.is_contiguous() and x.shape[0] == 1 and conv.window):
+        return conv(norm(x, silu=True), memory)
+    joined = x.new_empty(1, conv.window + x.shape[2], *last.shape[2:])
+    memory.recall(conv, joined[:, : conv.window].permute(0, 4, 1, 2, 3))
+    F.silu(_normed_rows(last, norm.scaled_gamma(x), out=joined[:, conv.window :]), inplace=True)
+    film = joined.permute(0, 4, 1, 2, 3)
+    memory.remember(conv, film[:, :, -conv.window :])
+    return convolve(film, conv.weight, conv.bias, conv.pad, conv.stride)
+
+
 class FrameConv(nn.Module):
     """A convolution over height and width. x: (frames, C, h, w)."""
 
@@ -90,8 +111,7 @@ class RmsNorm(nn.Module):
         self.gamma = empty(width, *[1] * axes)
 
     def forward(self, x: Tensor, *, silu: bool) -> Tensor:
-        width = x.shape[1]
-        gamma = self.gamma.view(width).to(x.dtype) * width**0.5
+        gamma = self.scaled_gamma(x)
         last = x.permute(0, 2, 3, 4, 1)  # (B, t, h, w, C)
         if on_cpu_road(x) and last.is_contiguous():
             y = _normed_rows(last, gamma).permute(0, 4, 1, 2, 3)
@@ -99,20 +119,26 @@ class RmsNorm(nn.Module):
             y = F.normalize(x, dim=1, eps=NORM_EPS) * gamma.view(-1, 1, 1, 1)
         return F.silu(y, inplace=True) if silu else y
 
+    def scaled_gamma(self, x: Tensor) -> Tensor:
+        """sqrt(C) x gamma, (C,)."""
+        return self.gamma.flatten().to(x.dtype) * x.shape[1] ** 0.5
 
-def _normed_rows(x: Tensor, gamma: Tensor) -> Tensor:
-    """x: (…, C), contiguous -> x / ||x|| x gamma. Several short rows are taken as one long one."""
+
+def _normed_rows(x: Tensor, gamma: Tensor, out: Tensor | None = None) -> Tensor:
+    """x: (…, C), contiguous -> x / ||x|| x gamma, written to `out` if given. Short rows are taken several at a time."""
     width = x.shape[-1]
     together = max(1, BLOCK_COLUMNS // width)
     if x.numel() % (width * together):
         together = 1
     rows = x.reshape(-1, width * together)
-    squares = rows.square()
+    result = torch.empty_like(rows) if out is None else out.view(rows.shape)
+    torch.mul(rows, rows, out=result)
     if width >= BLOCK_COLUMNS:
-        inverse = squares.sum(dim=1, keepdim=True).clamp_(min=NORM_EPS**2).rsqrt_()
-        return (rows * inverse).mul_(gamma).view(x.shape)
-    inverse = (squares @ _sum_within(width, together)).clamp_(min=NORM_EPS**2).rsqrt_()
-    return inverse.mul_(rows).mul_(gamma.repeat(together)).view(x.shape)
+        inverse = result.sum(dim=1, keepdim=True)
+    else:
+        inverse = result @ _sum_within(width, together)
+    torch.mul(rows, inverse.clamp_(min=NORM_EPS**2).rsqrt_(), out=result)
+    return result.mul_(gamma.repeat(together)).view(x.shape)
 
 
 @functools.lru_cache(maxsize=16)

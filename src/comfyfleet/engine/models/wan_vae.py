@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comfyfleet.engine.models.checkpoint import Checkpoint
-from comfyfleet.engine.models.film_layers import CausalConv, FrameConv, Memory, RmsNorm, frames_joined, frames_split
+from comfyfleet.engine.models.film_layers import (
+    CausalConv,
+    FrameConv,
+    Memory,
+    RmsNorm,
+    frames_joined,
+    frames_split,
+    norm_then_conv,
+)
 from comfyfleet.engine.models.layers import attention
 from comfyfleet.engine.models.residency import Precision, Resident, Source
 from comfyfleet.engine.models.sd15_vae import check_latents, cropped
@@ -42,8 +50,8 @@ class FilmResidual(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         first_norm, _, first, second_norm, _, _, second = self.residual
-        y = first(first_norm(x, silu=True), memory)
-        y = second(second_norm(y, silu=True), memory)
+        y = norm_then_conv(first_norm, first, x, memory)
+        y = norm_then_conv(second_norm, second, y, memory)
         return y.add_(self.shortcut(x, memory) if isinstance(self.shortcut, CausalConv) else x)
 
 
@@ -113,7 +121,7 @@ class FilmHead(nn.ModuleList):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         norm, _, conv = self
-        return conv(norm(x, silu=True), memory)
+        return norm_then_conv(norm, conv, x, memory)
 
 
 class FilmHalf(nn.Module):
