@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from comfyfleet.engine.models.checkpoint import Checkpoint
 from comfyfleet.engine.models.layers import Conv, GroupNorm, LayerNorm, Linear, attention, fastest_attention
 from comfyfleet.engine.models.lora import Patches, module_names
+from comfyfleet.engine.models.prompts import check_text_width, expand
 from comfyfleet.engine.models.residency import Precision, Resident, Source
 from comfyfleet.engine.models.sd15_names import diffusers_modules
-from comfyfleet.engine.models.wan import check_text_width, expand
 from comfyfleet.engine.values import ConditioningEntry
 from comfyfleet.wire.errors import ModelFileUnusable
 

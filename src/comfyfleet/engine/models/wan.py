@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from comfyfleet.engine.models.checkpoint import Checkpoint
 from comfyfleet.engine.models.layers import Conv, LayerNorm, Linear, RMSNorm, attention, empty, fastest_attention
 from comfyfleet.engine.models.lora import Patches, module_names
+from comfyfleet.engine.models.prompts import check_text_width, expand
 from comfyfleet.engine.models.residency import Precision, Resident, Source
 from comfyfleet.engine.values import ConditioningEntry
 from comfyfleet.wire.errors import ModelFileUnusable
@@ -275,27 +276,6 @@ class WanNetwork(Resident[WanTransformer]):
     def lora_names(self) -> dict[str, str]:
         return module_names(
             self.source.checkpoint, dotted=("diffusion_model.", "transformer.", ""), underscored=("lora_unet_",)
-        )
-
-
-def expand(x: Tensor, batch: int) -> Tensor:
-    """Broadcast the first axis to `batch`, repeating what is there when it is neither 1 nor `batch`."""
-    if x.shape[0] == batch:
-        return x
-    if x.shape[0] == 1:
-        return x.expand(batch, *x.shape[1:])
-    return x.repeat(math.ceil(batch / x.shape[0]), *[1] * (x.ndim - 1))[:batch]
-
-
-def check_text_width(embedding: Tensor, needed: int) -> None:
-    """Raises ModelFileUnusable for a prompt from another family's text encoder."""
-    found = embedding.shape[-1]
-    if found != needed:
-        raise ModelFileUnusable(
-            f"this prompt was encoded {found} numbers wide and the diffusion model reads {needed}: "
-            "use the text encoder that belongs to the model",
-            found=found,
-            needed=needed,
         )
 
 
