@@ -21,6 +21,7 @@ from comfyfleet.control.janitor import Janitor
 from comfyfleet.control.job_feed import JobFeed, Kick
 from comfyfleet.control.job_run import RunOutcome
 from comfyfleet.control.job_webhooks import JobWebhooks
+from comfyfleet.control.jobs import Job
 from comfyfleet.control.keys import Keyring, Vault
 from comfyfleet.control.ledger import Ledger
 from comfyfleet.control.limits import Limits
@@ -36,6 +37,7 @@ from comfyfleet.settings.control import ControlSettings
 from comfyfleet.settings.outreach import FetchSettings
 from comfyfleet.webhooks.deliver import Webhooks
 from comfyfleet.webhooks.outbox import Outbox
+from comfyfleet.wire.jobs import JobStatus
 
 
 class DurablePlane:
@@ -133,10 +135,12 @@ class DurablePlane:
         """This plane's wall time."""
         return self._clock.now()
 
-    def cancelled(self, job_id: str) -> None:
-        """A caller cancelled a job: its run, its followers and its webhook want to know."""
-        self.feed.cancel(job_id)
-        self.feed.news(job_id)
+    def cancelled(self, before: Job) -> None:
+        """A caller cancelled a job: its run, its followers, its webhook and the autoscaler want to know."""
+        if before.status is JobStatus.QUEUED:
+            self.backlog.remove(before.endpoint_id, before.scope, before.cost)
+        self.feed.cancel(before.id)
+        self.feed.news(before.id)
         self._ended()
 
     def _run_ended(self, outcome: RunOutcome) -> None:

@@ -136,7 +136,7 @@ class JobApi:
     async def cancel(self, request: Request) -> Response:
         job = await self._job(request)
         after = await self._store.cancel(job.id, self._plane.now())
-        self._plane.cancelled(job.id)
+        self._plane.cancelled(job)
         return JsonResponse(self._view(request, after or job), status_code=200 if (after or job).is_final else 202)
 
     # --- following ---------------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
-"""Group commit: one thread owns the writing connection and commits what has piled up meanwhile in one transaction.
+"""Group commit: a thread owns the writing connection and commits what has piled up meanwhile in one transaction.
 
 A disk sync costs about a millisecond however much it covers, so 64 callers share one. The work handed in is a function
 of a connection that does nothing but database calls: if one of a group fails, the group is rolled back and each is run
 again alone, so a caller only ever meets its own error. Readers use connections of their own and never wait for it.
+
+SQLite has one writer by nature. A database across a socket spends its time on round trips, so there a few threads take
+groups side by side; two that meet on a row are told so by the database, and run again one by one.
 """
 
 from __future__ import annotations
@@ -33,24 +36,30 @@ class _Request(Generic[T]):
 
 
 class Database:
-    """One writing connection in a thread of its own, and `readers` reading ones.
+    """`writers` writing connections, each in a thread of its own, and `readers` reading ones.
 
     quick_reads: a point query costs less than handing it to a thread, so `quick` ones run where they are asked (for a
     database in this process only: one across a network is never quick).
     """
 
-    def __init__(self, connect: Callable[[bool], Connection], *, readers: int = 2, quick_reads: bool = False) -> None:
+    def __init__(
+        self, connect: Callable[[bool], Connection], *, writers: int = 1, readers: int = 2, quick_reads: bool = False
+    ) -> None:
         """connect(read_only) opens a connection."""
         self._quick = connect(True) if quick_reads else None
         self._queue: queue.SimpleQueue[_Request[Any] | None] = queue.SimpleQueue()
-        self._writing = connect(False)
+        self._writing = [connect(False) for _ in range(writers)]
         self._reading: queue.LifoQueue[Connection] = queue.LifoQueue()
         for _ in range(readers):
             self._reading.put(connect(True))
         self._limiter = anyio.CapacityLimiter(readers)
         self._readers = readers
-        self._thread = threading.Thread(target=self._write_groups, name="store-writer", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._write_groups, args=(connection,), name="store-writer", daemon=True)
+            for connection in self._writing
+        ]
+        for thread in self._threads:
+            thread.start()
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` in a transaction; returns when it is durable."""
@@ -75,15 +84,18 @@ class Database:
 
     async def close(self) -> None:
         """Finish what is queued, then close."""
-        self._queue.put(None)
-        await anyio.to_thread.run_sync(self._thread.join)
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            await anyio.to_thread.run_sync(thread.join)
         for _ in range(self._readers):
             self._reading.get().close()
-        self._writing.close()
+        for connection in self._writing:
+            connection.close()
         if self._quick is not None:
             self._quick.close()
 
-    def _write_groups(self) -> None:
+    def _write_groups(self, connection: Connection) -> None:
         while True:
             first = self._queue.get()
             if first is None:
@@ -99,31 +111,31 @@ class Database:
                     is_last = True
                     break
                 group.append(request)
-            self._commit(group)
+            self._commit(connection, group)
             _deliver(group)
             if is_last:
                 return
 
-    def _commit(self, group: list[_Request[Any]]) -> None:
+    def _commit(self, connection: Connection, group: list[_Request[Any]]) -> None:
         try:
-            self._run(group)
+            _run(connection, group)
         except Exception as error:  # the boundary of a group: whose fault it was is found by running each alone
             if len(group) == 1:
                 group[0].error = error
                 return
             for request in group:
-                self._commit([request])
+                self._commit(connection, [request])
 
-    def _run(self, group: list[_Request[Any]]) -> None:
-        connection = self._writing
-        connection.begin()
-        try:
-            for request in group:
-                request.outcome = request.work(connection)
-            connection.commit()
-        except BaseException:
-            connection.rollback()
-            raise
+
+def _run(connection: Connection, group: list[_Request[Any]]) -> None:
+    connection.begin()
+    try:
+        for request in group:
+            request.outcome = request.work(connection)
+        connection.commit()
+    except BaseException:
+        connection.rollback()
+        raise
 
 
 def _deliver(group: list[_Request[Any]]) -> None:
