@@ -108,6 +108,17 @@ class FleetWorld:
                 found.append((int(fields["id"]), fields["event"], json.loads(fields["data"])))
         return found
 
+    def every_job(self) -> list[str]:
+        """The id of every job there is, page by page."""
+        found: list[str] = []
+        page = self.plane.call("GET", "/v1/jobs?limit=500")[1]
+        while page["jobs"]:
+            found.extend(job["id"] for job in page["jobs"])
+            if page["next"] is None:
+                break
+            page = self.plane.call("GET", f"/v1/jobs?limit=500&before={page['next']}")[1]
+        return found
+
     def rendered_files(self) -> list[Path]:
         """What the engines saved for `a_graph`s, in their own folders."""
         return list((self.folder / "control" / "workers").glob("*/engine/output-*/p*.png"))

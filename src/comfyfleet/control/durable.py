@@ -23,6 +23,7 @@ from comfyfleet.control.job_run import RunOutcome
 from comfyfleet.control.job_webhooks import JobWebhooks
 from comfyfleet.control.jobs import Job
 from comfyfleet.control.keys import Keyring, Vault
+from comfyfleet.control.leases import LEASE_S
 from comfyfleet.control.ledger import Ledger
 from comfyfleet.control.limits import Limits
 from comfyfleet.control.metrics import Metrics
@@ -147,6 +148,9 @@ class DurablePlane:
         endpoint = self._catalog.endpoint(outcome.job.endpoint_id)
         name = endpoint.endpoint_name if endpoint is not None else str(outcome.job.endpoint_id)
         self.ledger.job_ended(outcome)
+        if outcome.job.attempts == 1 and outcome.status is not None:
+            leased_at = (outcome.job.lease_expires or 0.0) - LEASE_S
+            self._metrics.job_wait_s.labels(name).observe(max(0.0, leased_at - outcome.job.created_at))
         if outcome.status is None:
             self._metrics.leases_lost.labels(name).inc()
         else:

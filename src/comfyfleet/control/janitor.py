@@ -54,6 +54,7 @@ class Janitor:
                 if self._clock.now() >= next_prune:
                     next_prune = self._clock.now() + PRUNE_EVERY_S
                     await self._store.prune(self._clock.now() - self._keep_s)
+                    await self._store.forget_logs(self._clock.now() - self._keep_s)
             except Exception:  # one iteration
                 log.exception("janitor.failed")
             await self._clock.sleep(EVERY_S)

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from comfyfleet.clock import Clock
-from comfyfleet.control.auth import ADMIN, JOBS, READ, ROUTE, Principal
+from comfyfleet.control.auth import ADMIN, JOBS, MANAGE, READ, ROUTE, Principal
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.records import ApiKey, Endpoint
 from comfyfleet.ids import Ids
@@ -112,6 +112,13 @@ class Keyring:
         message = f"endpoint key\n{endpoint.id}\n{endpoint.key_generation}".encode()
         code = base64.urlsafe_b64encode(hmac.new(self._master, message, hashlib.sha256).digest()).decode().rstrip("=")
         return f"{ENDPOINT_PREFIX}{endpoint.id}_{code}"
+
+    def shown_key(self, endpoint: Endpoint, principal: Principal, own_key: str) -> str:
+        """What a listing shows as the endpoint's key: the endpoint's own to who manages it, else the caller's.
+
+        A caller with fewer rights, or with limits, would otherwise read a key there that has more, or none.
+        """
+        return self.endpoint_key(endpoint) if principal.may(MANAGE, endpoint.id) else own_key
 
     def weight(self, scope: str) -> float:
         """A scope's part in fair sharing; 1 for keys that set none."""

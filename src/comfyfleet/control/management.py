@@ -66,7 +66,8 @@ class Management:
 
     def endpoints(self, principal: Principal) -> list[Endpoint]:
         """The living ones this key may see."""
-        principal.demand(READ) if not principal.may(MANAGE) else None
+        if not principal.may(MANAGE):
+            principal.demand(READ)
         return [
             endpoint
             for endpoint in self._catalog.endpoints()

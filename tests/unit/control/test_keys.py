@@ -107,3 +107,13 @@ def test_new_keys_differ():
 
 def test_a_principal_without_endpoints_may_all_of_them():
     assert Principal(scope="s", scopes=frozenset({"read"})).may("read", 5)
+
+
+def test_a_listing_never_shows_a_key_with_more_rights_than_the_callers_own(ring, catalog):
+    endpoint = catalog.endpoint(1)
+    ring.put(a_key(scopes=("read",)))
+
+    assert ring.shown_key(endpoint, ring.principal(SECRET), SECRET) == SECRET
+    assert ring.shown_key(endpoint, ring.principal("cfa_admin"), "cfa_admin") == ring.endpoint_key(endpoint)
+    own = ring.endpoint_key(endpoint)
+    assert ring.shown_key(endpoint, ring.principal(own), own) == own

@@ -75,6 +75,11 @@ class Caller:
         """For routes without a body of interest. Raises Unauthorized."""
         return self._keyring.principal(key_of(request, await read_body(request)))
 
+    async def holder(self, request: Request) -> tuple[Principal, str]:
+        """Who, and the very key: for answers that hand a key back."""
+        key = key_of(request, await read_body(request))
+        return self._keyring.principal(key), key
+
     async def call(self, request: Request, kind: type[T]) -> tuple[Principal, T]:
         """Who, and the body as `kind`. The key is checked before the body is judged."""
         raw = await read_body(request)

@@ -71,9 +71,9 @@ def router(management: Management, keyring: Keyring, workers: Workers, caller: C
     routes = APIRouter(tags=["endpoints"])
 
     async def list_endpoints(request: Request) -> JsonResponse:
-        principal = await caller.principal(request)
+        principal, key = await caller.holder(request)
         found = management.endpoints(principal)
-        rows = [shown(endpoint, keyring.endpoint_key(endpoint)) for endpoint in found]
+        rows = [shown(endpoint, keyring.shown_key(endpoint, principal, key)) for endpoint in found]
         return JsonResponse({"success": True, "results": rows})
 
     async def create_endpoint(request: Request) -> JsonResponse:
@@ -82,9 +82,9 @@ def router(management: Management, keyring: Keyring, workers: Workers, caller: C
         return JsonResponse({"success": True, "result": endpoint.id})
 
     async def show_endpoint(request: Request, endpoint_id: int) -> JsonResponse:
-        principal = await caller.principal(request)
+        principal, key = await caller.holder(request)
         endpoint = management.endpoint(principal, endpoint_id)
-        return JsonResponse({"success": True, "result": shown(endpoint, keyring.endpoint_key(endpoint))})
+        return JsonResponse({"success": True, "result": shown(endpoint, keyring.shown_key(endpoint, principal, key))})
 
     async def update_endpoint(request: Request, endpoint_id: int) -> JsonResponse:
         principal, body = await caller.call(request, EndpointBody)

@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from comfyfleet.control.api.calling import Caller, add, given
+from comfyfleet.control.auth import Principal
 from comfyfleet.control.keys import Keyring
 from comfyfleet.control.management import Management
 from comfyfleet.control.records import Workergroup
@@ -48,19 +49,17 @@ def router(management: Management, keyring: Keyring, workers: Workers, caller: C
     """The routes."""
     routes = APIRouter(tags=["workergroups"])
 
-    def shown(group: Workergroup) -> dict[str, Any]:
+    def shown(group: Workergroup, principal: Principal, key: str) -> dict[str, Any]:
         endpoint = management.known_endpoint(group.endpoint_id)
-        return {
-            **msgspec.structs.asdict(group),
-            "api_key": keyring.endpoint_key(endpoint) if endpoint is not None else "",
-        }
+        shown_key = keyring.shown_key(endpoint, principal, key) if endpoint is not None else ""
+        return {**msgspec.structs.asdict(group), "api_key": shown_key}
 
     def members(workergroup_id: int, endpoint_id: int) -> list[int]:
         return sorted(worker.id for worker in workers.of_endpoint(endpoint_id) if worker.group_id == workergroup_id)
 
     async def list_workergroups(request: Request) -> JsonResponse:
-        principal = await caller.principal(request)
-        rows = [shown(group) for group in management.workergroups(principal)]
+        principal, key = await caller.holder(request)
+        rows = [shown(group, principal, key) for group in management.workergroups(principal)]
         return JsonResponse({"success": True, "results": rows})
 
     async def create_workergroup(request: Request) -> JsonResponse:
@@ -69,13 +68,14 @@ def router(management: Management, keyring: Keyring, workers: Workers, caller: C
         return JsonResponse({"success": True, "id": group.id, "result": group.id})
 
     async def show_workergroup(request: Request, workergroup_id: int) -> JsonResponse:
-        principal = await caller.principal(request)
-        return JsonResponse({"success": True, "result": shown(management.workergroup(principal, workergroup_id))})
+        principal, key = await caller.holder(request)
+        group = management.workergroup(principal, workergroup_id)
+        return JsonResponse({"success": True, "result": shown(group, principal, key)})
 
     async def update_workergroup(request: Request, workergroup_id: int) -> JsonResponse:
         principal, body = await caller.call(request, WorkergroupBody)
         group = await management.update_workergroup(principal, workergroup_id, given(body))
-        return JsonResponse({"success": True, "result": shown(group)})
+        return JsonResponse({"success": True, "result": shown(group, principal, "")})
 
     async def delete_workergroup(request: Request, workergroup_id: int) -> JsonResponse:
         principal = await caller.principal(request)

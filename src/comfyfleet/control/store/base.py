@@ -89,6 +89,10 @@ class Store(Protocol):
         """The newest `tail` lines, oldest of them first."""
         ...
 
+    async def forget_logs(self, before: float) -> int:
+        """Remove lines older than that; how many."""
+        ...
+
     async def add_usage(self, rows: Sequence[UsageRow]) -> None: ...
 
     async def usage(self, *, since: float, until: float, scope: str | None = None) -> list[UsageSum]:
