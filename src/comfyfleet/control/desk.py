@@ -212,8 +212,7 @@ class Desk:
     def sweep(self) -> None:
         """Each second: forget tickets without polls, take back uncollected grants, serve every line."""
         now = self._clock.now()
-        busy = {idx for worker in self._workers.all() for idx in self._workers.load(worker.id).requests()}
-        for ticket in self.queue.expire(now, busy - self.queue.granted):
+        for ticket in self.queue.expire(now, self._is_running):
             if ticket.phase is Phase.GRANTED and self._workers.get(ticket.worker_id) is not None:
                 self._workers.load(ticket.worker_id).finish(ticket.request_idx, now)
         for request_idx in list(self.queue.granted):
@@ -250,6 +249,11 @@ class Desk:
         )
 
     # --- inside --------------------------------------------------------------------------------------------------
+    def _is_running(self, ticket: RouteTicket) -> bool:
+        if self._workers.get(ticket.worker_id) is None:
+            return False
+        return self._workers.load(ticket.worker_id).booking(ticket.request_idx) is not None
+
     def _known(self, request: TakeRequest, now: float) -> RouteTicket | None:
         if request.request_idx <= 0:
             return None

@@ -7,7 +7,7 @@ line is ordered by arrival, and a request that comes back takes its old place in
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
@@ -160,7 +160,7 @@ class RouteQueue:
             if order < ticket.order and (other := self._tickets.get(idx)) is not None and other.phase is Phase.WAITING
         )
 
-    def expire(self, now: float, busy: frozenset[int] | set[int]) -> list[RouteTicket]:
+    def expire(self, now: float, is_running: Callable[[RouteTicket], bool]) -> list[RouteTicket]:
         """Forget tickets nobody asks for any more; returns the waiting and granted ones that were dropped."""
         dropped = []
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -171,7 +171,7 @@ class RouteQueue:
             is_open = ticket.phase in (Phase.WAITING, Phase.GRANTED)
             kept_s = ticket.replay_timeout if is_open else KEPT_S
             due = max(ticket.polled_at, ticket.phase_at if not is_open else 0.0) + kept_s
-            if due > now or request_idx in busy:
+            if due > now or (not is_open and is_running(ticket)):
                 heapq.heappush(self._deadlines, (max(due, now + 1.0), request_idx))
                 continue
             del self._tickets[request_idx]
