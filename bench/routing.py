@@ -122,7 +122,7 @@ def policies() -> dict[str, list[tuple[ScalePolicy, Strategy, bool]]]:
         given = {"cold_workers": 0, "max_workers": 30, "cold_mult": 1.0, **fields}
         return ScalePolicy(endpoint_id=1, **given)
 
-    grid = [policy(target_util=util, target_queue_time=queue) for util in (0.8, 1.0) for queue in (5.0, 30.0)]
+    grid = [policy(target_util=1.0, target_queue_time=queue_s) for queue_s in (5.0, 30.0, 90.0, 180.0)]
     return {
         "comfyfleet": [(point, OurAutoscaler(), True) for point in grid],
         "least loaded": [(point, OurAutoscaler(), False) for point in grid],

@@ -6,6 +6,8 @@ it. A decision that does something, or says something new, is stored with its in
 
 from __future__ import annotations
 
+import re
+
 import anyio
 import msgspec
 import structlog
@@ -108,8 +110,10 @@ class Reconciler:
     def _check_all(self, present: dict[int, FleetWorker], now: float) -> None:
         """Find workers that died, fell silent or take too long; learn from those that became ready."""
         for worker in self._workers.all():
+            before = self._states.get(worker.id, worker.state)
             problem = ailment(worker, present.get(worker.id), has_provider=self._provider is not None, now=now)
             if problem:
+                before = worker.state
                 lost = self._workers.load(worker.id).clear()
                 self._workers.change(worker.id, now, error_msg=problem)
                 worker = self._workers.move(worker.id, WorkerState.ERROR, now)
@@ -117,9 +121,8 @@ class Reconciler:
                 log.warning("worker.failed", worker=worker.id, why=problem)
             if worker.perf:
                 self._group_perf[worker.group_id] = worker.perf
-            before = self._states.get(worker.id)
             self._states[worker.id] = worker.state
-            if before is not None and before is not worker.state:
+            if before is not worker.state:
                 self._learn(worker, before, now)
 
     def _learn(self, worker: Worker, before: WorkerState, now: float) -> None:
@@ -137,7 +140,8 @@ class Reconciler:
         decision = decide(inputs)
         self._memories[endpoint.id] = decision.memory
         self._desk.reasons[endpoint.id] = decision.reason
-        said = decision.reason if not decision.actions else decision.sentence
+        # A countdown in the text is nothing new to say.
+        said = re.sub(r"[0-9.]+", "", decision.reason) if not decision.actions else decision.sentence
         if decision.actions or self._said.get(endpoint.id) != said:
             self._said[endpoint.id] = said
             await self._record(endpoint, inputs, decision)

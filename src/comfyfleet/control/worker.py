@@ -168,6 +168,7 @@ def listed(worker: Worker, requests_working: int) -> dict[str, object]:
         "stage_detail": worker.stage_detail,
         "error_msg": worker.error_msg,
         "flag": worker.flag,
+        "reason": "" if worker.state is WorkerState.IDLE else worker.error_msg or worker.stage_detail or worker.stage,
         "endpoint_id": worker.endpoint_id,
         "workergroup_id": worker.group_id,
         "url": worker.url,

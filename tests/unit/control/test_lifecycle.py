@@ -1,0 +1,120 @@
+"""A fleet over time, on a fake clock: crash loops, missing capacity, rolling updates, deletion, lost workers."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from comfyfleet.control.fleet.base import Presence, WorkerSpec
+from comfyfleet.control.placements import Placed
+from support.routing_world import RoutingWorld
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_workers_that_keep_crashing_are_called_a_crash_loop_and_started_less_and_less(tmp_path):
+    async with RoutingWorld(tmp_path, cold_workers=0, max_workers=1) as world:
+        waits = world.ask(replay_timeout=3600.0)
+        starts = []
+        for second in range(400):
+            await world.tick()
+            for worker in await world.fleet.list():
+                if worker.presence is Presence.RUNNING:
+                    starts.append(second)
+                    world.fleet.exit(worker.id)
+        reason = world.ask(waits.answer.request_idx).answer.reason
+
+        assert "crash loop" in reason
+        assert "exited with code 1" in reason
+        assert "capacity" not in reason
+        assert len(starts) < 15, "each start after a row of failures waits longer"
+
+
+async def test_a_machine_without_room_is_called_capacity(tmp_path):
+    async with RoutingWorld(tmp_path, slots=0, cold_workers=0, max_workers=1) as world:
+        waits = world.ask()
+        await world.tick()
+        await world.tick()
+
+        reason = world.ask(waits.answer.request_idx).answer.reason
+        assert "no capacity" in reason
+        assert world.worker_ids() == [], "nothing is left behind of what could not be made"
+
+
+async def test_a_rolling_update_restarts_every_worker_and_never_all_at_once(tmp_path):
+    async with RoutingWorld(tmp_path, cold_workers=2, max_workers=2, min_load=1.7) as world:
+        for _ in range(4):
+            await world.tick()
+            for worker_id in world.worker_ids():
+                if world.plane.workers.get(worker_id).state != "idle":
+                    world.report(worker_id)
+        assert world.states() == ["idle", "idle"]
+        world.catalog.put_workergroup(msgspec.structs.replace(world.group, update_generation=1))
+
+        fewest = 2
+        for _ in range(12):
+            await world.tick()
+            fewest = min(fewest, world.states().count("idle"))
+            for worker_id in world.worker_ids():
+                if world.plane.workers.get(worker_id).state == "update_rebooting":
+                    world.report(worker_id)
+
+        restarted = [worker_id for verb, worker_id in world.fleet.calls if verb == "start"]
+        assert sorted(restarted) == [1, 2]
+        assert fewest == 1
+        assert {worker.generation for worker in world.plane.workers.all()} == {1}
+
+
+async def test_deleting_an_endpoint_lets_running_work_end_first(tmp_path):
+    async with RoutingWorld(tmp_path, cold_workers=1, max_workers=1) as world:
+        await world.tick()
+        world.report(1)
+        placed = world.ask()
+        assert isinstance(placed, Placed)
+        world.report(1, working=(placed.answer.request_idx,))
+        world.change_endpoint(msgspec.structs.replace(world.endpoint, deleted_at=world.clock.now()))
+        for _ in range(5):
+            await world.tick()
+            world.report(1, working=(placed.answer.request_idx,))
+        during = world.worker_ids()
+        world.finish(1, placed.answer.request_idx)
+        world.report(1)
+        for _ in range(2):
+            await world.tick()
+
+        assert during == [1]
+        assert world.worker_ids() == []
+        assert ("destroy", 1) in world.fleet.calls
+
+
+async def test_a_process_that_dies_takes_its_worker_out_at_once_and_it_is_restarted(tmp_path):
+    async with RoutingWorld(tmp_path, cold_workers=1, max_workers=1, min_load=0.5) as world:
+        await world.tick()
+        world.report(1)
+        placed = world.ask()
+        world.fleet.exit(1, code=-9)
+        await world.tick()
+        failed = world.states()
+        await world.run(6)
+        restarted = world.states()
+        world.report(1)
+        again = world.ask(placed.answer.request_idx)
+        while not isinstance(again, Placed):
+            await world.tick()
+            again = world.ask(placed.answer.request_idx)
+
+        assert failed == ["error"]
+        assert restarted == ["rebooting"]
+        assert isinstance(again, Placed)
+
+
+async def test_a_worker_that_no_record_knows_is_ended(tmp_path):
+    async with RoutingWorld(tmp_path, cold_workers=0) as world:
+        spec = WorkerSpec(id=99, mtoken="x", incarnation="i")
+        await world.fleet.create(spec)
+        await world.tick()
+        young = [worker.id for worker in await world.fleet.list()]
+        await world.run(8)
+
+        assert young == [99], "it may be one whose record is just being written"
+        assert await world.fleet.list() == []
