@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
@@ -12,9 +13,10 @@ import click
 from comfyfleet import logs
 from comfyfleet.clock import SystemClock
 from comfyfleet.ids import SystemIds
+from comfyfleet.provision.comfyui import REF, REPOSITORY, Install, install, prove
 from comfyfleet.provision.progress import Progress, size
 from comfyfleet.provision.provisioner import Provisioner, the_error_in
-from comfyfleet.provision.template import Template, find_template
+from comfyfleet.provision.template import CustomNode, Template, find_template
 from comfyfleet.provision.transfer import TransferLimits
 from comfyfleet.settings.machine import default_data_dir
 from comfyfleet.settings.provision import SourceSettings
@@ -27,9 +29,17 @@ _SHOW_EVERY_S = 2.0
 @click.argument("template")
 @click.option("--models-dir", type=click.Path(path_type=Path), help="Default: the data directory's models.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-def command(template: str, models_dir: Path | None, dry_run: bool) -> None:
-    """Download the models of TEMPLATE (name, hash or a TOML file) to where engines look for them."""
+@click.option("--path", type=click.Path(path_type=Path), help="comfyui: where (default the data directory's ComfyUI).")
+@click.option("--nodes-of", help="comfyui: a template whose custom nodes are installed with it.")
+@click.option("--no-check", is_flag=True, help="comfyui: do not start it to prove its nodes.")
+def command(
+    template: str, models_dir: Path | None, dry_run: bool, path: Path | None, nodes_of: str | None, no_check: bool
+) -> None:
+    """Download the models of TEMPLATE (name, hash or a TOML file), or install ComfyUI (the word `comfyui`)."""
     logs.configure(level="warning")
+    if template == "comfyui":
+        _comfyui(path, find_template(nodes_of).custom_nodes if nodes_of else (), dry_run=dry_run, no_check=no_check)
+        return
     found = find_template(template)
     folder = models_dir or default_models_dir()
     provisioner = Provisioner(
@@ -41,6 +51,34 @@ def command(template: str, models_dir: Path | None, dry_run: bool) -> None:
         progress=Progress(),
     )
     anyio.run(_provision, provisioner, found, dry_run)
+
+
+def _comfyui(path: Path | None, nodes: Sequence[CustomNode], *, dry_run: bool, no_check: bool) -> None:
+    """An install that COMFYUI_INSTALL_PATH names is used as it is; another is made, and proved."""
+    named = os.environ.get("COMFYUI_INSTALL_PATH", "")
+    is_given = path is None and bool(named) and (Path(named).expanduser() / "main.py").is_file()
+    folder = Path(named).expanduser() if is_given else path or default_data_dir(os.environ) / "ComfyUI"
+    what = Install(
+        path=folder.resolve(),
+        repository=os.environ.get("COMFYFLEET_COMFYUI_REPO") or REPOSITORY,
+        ref=os.environ.get("COMFYFLEET_COMFYUI_REF") or REF,
+        custom_nodes=nodes,
+    )
+    if dry_run:
+        click.echo(f"{'use' if is_given else f'install {what.repository} at {what.ref} in'} {what.path}")
+        for node in nodes:
+            click.echo(f"custom node {node.repository} at {node.commit}")
+        return
+    if is_given:
+        click.echo(f"{what.path} is used as it is")
+    else:
+        anyio.run(install, what, click.echo)
+    if no_check:
+        return
+    proof = anyio.run(prove, what.path, what.custom_nodes, SystemClock())
+    if proof.silent_nodes:
+        raise click.ClickException(f"custom nodes that did not import: {', '.join(proof.silent_nodes)}")
+    click.echo(f"{len(proof.classes)} node classes import; use it with COMFYUI_INSTALL_PATH={what.path}")
 
 
 def default_models_dir() -> Path:

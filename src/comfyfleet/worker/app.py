@@ -26,10 +26,12 @@ from comfyfleet.ids import Ids
 from comfyfleet.provision.staging import free_bytes
 from comfyfleet.sealing import Sealer, load_or_create_key
 from comfyfleet.settings.agent import AgentSettings, agent_settings
+from comfyfleet.settings.pyworker import pyworker_settings
 from comfyfleet.settings.worker import WorkerSettings
 from comfyfleet.wire.generation import GenerateInput, GenerateResult, OutputEntry
 from comfyfleet.wire.workflow import Graph
 from comfyfleet.worker.agent.agent import Agent, AgentFolders
+from comfyfleet.worker.agent.pyworker import Pyworker
 from comfyfleet.worker.api.app import FilesMount, build
 from comfyfleet.worker.api.files_and_hooks import routes as files_and_hooks
 from comfyfleet.worker.api.generate import GenerateRoutes
@@ -179,7 +181,18 @@ async def serve(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cloc
         log.info("worker.listening", host=settings.wrapper.host, port=listener.getsockname()[1])
         fleet = agent_settings(env)
         async with anyio.create_task_group() as members:
-            if fleet is not None:
+            foreign = pyworker_settings(env)
+            if fleet is not None and foreign is not None:
+                pyworker = Pyworker(
+                    settings=foreign,
+                    fleet=fleet,
+                    machine=worker.machine,
+                    folder=settings.folders.worker_dir,
+                    env=env,
+                    clock=clock,
+                )
+                members.start_soon(pyworker.run, name="pyworker")
+            elif fleet is not None:
                 members.start_soon(_agent(fleet, settings, worker, clock, ids).run, name="agent")
             await server.serve(sockets=[listener])
             members.cancel_scope.cancel()

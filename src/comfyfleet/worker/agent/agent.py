@@ -167,11 +167,13 @@ class Agent:
                     gpu_name=self._gpu_name,
                     engine_version=self._service.engine_version(),
                     template=self._settings.template,
+                    engines=len(self._service.engines),
                 )
                 return await measure(
                     with_random_seeds(graph),
                     key,
                     run_round=self._run_round,
+                    engines=len(self._service.engines),
                     cache=ScoreCache(self._folders.worker_dir / "scores.json"),
                     clock=self._clock,
                     limit_s=self._benchmark_limit_s(),

@@ -34,6 +34,7 @@ class BenchmarkKey(msgspec.Struct, frozen=True, kw_only=True):
     gpu_name: str
     engine_version: str
     template: str
+    engines: int = 1
 
 
 class BenchmarkScore(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,14 +74,19 @@ def wants_another_round(rounds_s: Sequence[float], *, elapsed_s: float, limit_s:
     return near < max(MIN_ROUNDS, len(rounds_s) // 2 + 1)
 
 
-def score_of(key: BenchmarkKey, rounds_s: Sequence[float], *, now: float) -> BenchmarkScore:
-    """100 / median; raises BenchmarkFailed for no rounds or rounds of no length."""
+def score_of(key: BenchmarkKey, rounds_s: Sequence[float], *, engines: int = 1, now: float) -> BenchmarkScore:
+    """100 / median, times the engines that rendered a round side by side.
+
+    Raises BenchmarkFailed for no rounds, or rounds of no length.
+    """
     if not rounds_s:
         raise BenchmarkFailed(cause="no benchmark round was completed")
     median_s = statistics.median(rounds_s)
     if median_s <= 0:
         raise BenchmarkFailed(cause="the benchmark took no time: its outputs came from a cache")
-    return BenchmarkScore(key=key, score=100.0 / median_s, median_s=median_s, rounds_s=tuple(rounds_s), measured_at=now)
+    return BenchmarkScore(
+        key=key, score=engines * 100.0 / median_s, median_s=median_s, rounds_s=tuple(rounds_s), measured_at=now
+    )
 
 
 def drift_flag(median_s: float, known_median_s: float | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+import anyio
 import structlog
 
 from comfyfleet.clock import Clock
@@ -43,6 +44,7 @@ async def measure(
     key: BenchmarkKey,
     *,
     run_round: RunRound,
+    engines: int = 1,
     cache: ScoreCache,
     clock: Clock,
     limit_s: float = DEFAULT_LIMIT_S,
@@ -50,7 +52,8 @@ async def measure(
 ) -> Measured:
     """One warm-up, then rounds. `run_round` renders the graph once, with fresh seeds, and raises on failure.
 
-    limit_s bounds the measured rounds; at least one is always measured. Raises BenchmarkFailed with the cause.
+    engines: a round renders on that many at once, and the score is their sum. limit_s bounds the measured rounds; at
+    least one is always measured. Raises BenchmarkFailed with the cause.
     """
     if cached := cache.get(key):
         log.info("benchmark.cached", score=cached.score, median_s=cached.median_s)
@@ -58,23 +61,33 @@ async def measure(
     known_median_s = cache.known_median_s(key)
     rounds_s: list[float] = []
     on_round("warm-up")
-    await _timed(graph, run_round, clock, "warm-up")
+    await _timed(graph, run_round, engines, clock, "warm-up")
     began = clock.monotonic()
     while wants_another_round(rounds_s, elapsed_s=clock.monotonic() - began, limit_s=limit_s):
         on_round(f"round {len(rounds_s) + 1}")
-        rounds_s.append(await _timed(graph, run_round, clock, f"round {len(rounds_s) + 1}"))
-    score = score_of(key, rounds_s, now=clock.now())
+        rounds_s.append(await _timed(graph, run_round, engines, clock, f"round {len(rounds_s) + 1}"))
+    score = score_of(key, rounds_s, engines=engines, now=clock.now())
     flag = drift_flag(score.median_s, known_median_s)
     cache.put(score)
     log.info("benchmark.finished", score=round(score.score, 3), median_s=round(score.median_s, 3), flag=flag)
     return Measured(score=score, is_cached=False, flag=flag)
 
 
-async def _timed(graph: Graph, run_round: RunRound, clock: Clock, name: str) -> float:
+async def _timed(graph: Graph, run_round: RunRound, engines: int, clock: Clock, name: str) -> float:
+    """Seconds until all engines have rendered it once."""
     began = clock.monotonic()
-    try:
-        await run_round(graph)
-    except Exception as error:  # whatever stops a round is this worker's reason for not being ready
+    failures: list[Exception] = []
+
+    async def one() -> None:
+        try:
+            await run_round(graph)
+        except Exception as error:  # whatever stops a round is this worker's reason for not being ready
+            failures.append(error)
+
+    async with anyio.create_task_group() as together:
+        for _ in range(engines):
+            together.start_soon(one)
+    for error in failures:
         raise BenchmarkFailed(cause=f"{name} failed: {error}") from error
     seconds = clock.monotonic() - began
     log.info("benchmark.round", round=name, seconds=round(seconds, 3))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from comfyfleet.provision.comfyui import interpreter
 from comfyfleet.settings.worker import EngineSettings, FolderSettings
 from comfyfleet.worker.engines.supervisor import Launch
 
@@ -61,7 +62,7 @@ def _own(index: int, gpu: str, engines: EngineSettings, folders: FolderSettings,
     elif engines.install_path is not None:
         cwd = engines.install_path
         command = (
-            *(sys.executable, "main.py", "--listen", "127.0.0.1", "--port", str(port)),
+            *(interpreter(engines.install_path), "main.py", "--listen", "127.0.0.1", "--port", str(port)),
             *("--input-directory", str(own["input"])),
             *("--output-directory", str(own["output"])),
             *("--temp-directory", str(own["temp"])),
