@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.anyio]
 
 
 async def hunt(tmp_path, *, jobs, kills, seed, job_s):
-    """Accept `jobs` while killing worker and engine in turn; (answers, distinct renders done, starts, starts lost)."""
+    """Accept `jobs` while killing worker and engine in turn; (answers, the engine's ledger)."""
     dice = random.Random(seed)
     engine = fake_engine(tmp_path / "engine")
     engine.start()
@@ -56,36 +56,40 @@ async def hunt(tmp_path, *, jobs, kills, seed, job_s):
             answers = [await worker.settled(job_id) for job_id in accepted]
     finally:
         engine.kill()
-    marks = [line.split() for line in engine.ledger if "canary" not in line]
-    started = [prompt for what, prompt in marks if what == "start"]
-    done = [prompt for what, prompt in marks if what == "done"]
-    return answers, started, done
+    return answers, [line.split() for line in engine.ledger if "canary" not in line]
 
 
-def check(answers, started, done, jobs):
+def check(answers, ledger, jobs):
     assert [status for status, _ in answers] == [200] * jobs
     assert len({answer["id"] for _, answer in answers}) == jobs
     # Equal pictures would hide a mix-up: every job has a colour of its own.
     assert len({answer["output"][0]["sha256"] for _, answer in answers}) == jobs
-    lost = len(started) - len(done)
+
+    answered = {answer["comfyui_response"]["execution_details"]["prompt_id"] for _, answer in answers}
+    started = [prompt for what, prompt in ledger if what == "start"]
+    done = [prompt for what, prompt in ledger if what == "done"]
     assert len(started) == len(set(started)), "one prompt id was rendered twice"
-    # A render may be done and its engine die before anybody could read the history: the engine lost it all the same.
-    unread = len(done) - jobs
-    assert 0 <= unread <= 3 + jobs // 50
-    assert len(started) == jobs + lost + unread
+    assert len(answered) == jobs
+    assert answered <= set(done)
+    # Renders equal distinct ids plus those that the engine itself lost: whatever else was begun, the engine had it
+    # (unfinished, or finished and not yet read) in a life that a kill ended.
+    last_life = max(index for index, (what, _) in enumerate(ledger) if what == "life")
+    in_last_life = {prompt for what, prompt in ledger[last_life:] if what == "start"}
+    assert in_last_life <= answered
+    return len(started) - jobs
 
 
 @pytest.mark.timeout(120)
 async def test_twenty_jobs_through_five_kills_end_exactly_once(tmp_path):
-    answers, started, done = await hunt(tmp_path, jobs=20, kills=5, seed=4, job_s=0.1)
+    answers, ledger = await hunt(tmp_path, jobs=20, kills=5, seed=4, job_s=0.1)
 
-    check(answers, started, done, 20)
+    check(answers, ledger, 20)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 async def test_five_hundred_jobs_through_a_hundred_kills_end_exactly_once(tmp_path):
-    answers, started, done = await hunt(tmp_path, jobs=500, kills=100, seed=500, job_s=0.15)
+    answers, ledger = await hunt(tmp_path, jobs=500, kills=100, seed=500, job_s=0.15)
 
-    print(f"500 jobs, {len(started)} renders begun, {len(done)} done")
-    check(answers, started, done, 500)
+    lost = check(answers, ledger, 500)
+    print(f"500 jobs through 100 kills: all completed, none rendered twice; {lost} renders died with the engine")

@@ -93,6 +93,7 @@ class FakeWorker(threading.Thread):
         self._emit("status", {"status": {"exec_info": {"queue_remaining": remaining}}}, None)
 
     def run(self) -> None:
+        self._mark("life", "begins")
         while True:
             with self.changed:
                 while not self.pending and not self._free:
@@ -293,7 +294,7 @@ class FakeWorker(threading.Thread):
             path.write_bytes(sample_media(extension))
 
     def _mark(self, what: str, prompt_id: str) -> None:
-        """One line per start and end that a killed process leaves behind."""
+        """One line per life of this process, and per start and end of a render: a kill -9 leaves them behind."""
         if self._ledger is not None:
             with self._ledger.open("a", encoding="utf-8") as file:
                 file.write(f"{what} {prompt_id}\n")

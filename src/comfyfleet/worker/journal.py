@@ -1,13 +1,15 @@
 """What survives this process: accepted jobs, their prompt ids, their ends, and whatever a table of another part holds.
 
-SQLite in WAL mode, one writer thread, every commit synced; writes that wait together share one commit, so a crowd pays
-for one sync. `write` returns when the change is on disk. Reading uses a connection of the loop's own: look-ups by key
-cost microseconds.
+SQLite in WAL mode, one writer thread; writes that wait together share one commit and one sync. `write` returns when the
+change survives this process (committed), and with `durable` when it survives a power cut too (synced). What is told to
+anybody is durable first; a prompt id that is only about to be sent is not, since its engine would not survive either.
+Reading uses a connection of the loop's own: look-ups by key cost microseconds.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import sqlite3
 import threading
@@ -36,10 +38,11 @@ _events_decoder = msgspec.json.Decoder(list[RunEvent])
 class _Write:
     """One caller's change and where its outcome goes."""
 
-    __slots__ = ("change", "future", "loop")
+    __slots__ = ("change", "durable", "future", "loop")
 
-    def __init__(self, change: Callable[[sqlite3.Connection], Any]) -> None:
+    def __init__(self, change: Callable[[sqlite3.Connection], Any], durable: bool) -> None:
         self.change = change
+        self.durable = durable
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[Any] = self.loop.create_future()
 
@@ -60,6 +63,7 @@ class Journal:
         self._path = path
         self._sealer = sealer
         self._writes: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._log = -1
         self._db = self._connect()
         self._db.executescript(sql.SCHEMA)
         self._reader = self._connect()
@@ -71,9 +75,9 @@ class Journal:
         """Tables of another part (the webhook outbox); called while building, before any write."""
         self._connect().executescript(schema)
 
-    async def write(self, change: Callable[[sqlite3.Connection], Returned]) -> Returned:
+    async def write(self, change: Callable[[sqlite3.Connection], Returned], *, durable: bool = True) -> Returned:
         """Run `change` on the writer's connection and commit; it is undone when it raises. No I/O in it but SQL."""
-        write = _Write(change)
+        write = _Write(change, durable)
         self._writes.put(write)
         try:
             found: Returned = await asyncio.shield(write.future)
@@ -88,7 +92,7 @@ class Journal:
         return self._reader.execute(statement, tuple(values)).fetchall()
 
     async def accept(self, job: Job) -> None:
-        """Write a new job down; after this, a restart runs it."""
+        """Write a new job down; after this, a restart runs it. A caller who waits is told only at the end."""
         values = {
             "id": job.id,
             "scope": job.scope,
@@ -100,12 +104,12 @@ class Journal:
             "abandonable": job.abandonable,
             "request": self._sealer.seal(_encode(job.request)),
         }
-        await self.write(lambda db: db.execute(sql.ACCEPT, values))
+        await self.write(lambda db: db.execute(sql.ACCEPT, values), durable=not job.abandonable)
 
     async def attempt(self, job: Job) -> None:
         """Write the next prompt id down, before it is sent."""
         values = {**_name(job), "prompt_id": job.prompt_id, "earlier_faults": ",".join(job.earlier_faults)}
-        await self.write(lambda db: db.execute(sql.ATTEMPT, values))
+        await self.write(lambda db: db.execute(sql.ATTEMPT, values), durable=False)
 
     async def keep(self, job: Job) -> None:
         """Somebody wants this job even when no connection waits for it; also waits for its acceptance."""
@@ -171,6 +175,8 @@ class Journal:
         with anyio.CancelScope(shield=True):
             self._writes.put(None)
             await anyio.to_thread.run_sync(self._thread.join)
+            if self._log >= 0:
+                os.close(self._log)
             self._reader.close()
             self._db.close()
 
@@ -178,7 +184,7 @@ class Journal:
         db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=10)
         db.row_factory = sqlite3.Row
         db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA synchronous = NORMAL")  # the log is synced by `_settle`, once for all that wait for it
         return db
 
     def _run(self) -> None:
@@ -210,8 +216,23 @@ class Journal:
         self._settle(writes, outcomes)
 
     def _settle(self, writes: list[_Write], outcomes: list[tuple[Any, BaseException | None]]) -> None:
-        for write, (value, failure) in zip(writes, outcomes, strict=True):
-            write.loop.call_soon_threadsafe(write.settle, value, failure)
+        for durable in (False, True):
+            told = [pair for pair in zip(writes, outcomes, strict=True) if pair[0].durable is durable]
+            if durable and told:
+                failed = self._sync()
+                told = [(write, (value, failure or failed)) for write, (value, failure) in told]
+            for write, (value, failure) in told:
+                write.loop.call_soon_threadsafe(write.settle, value, failure)
+
+    def _sync(self) -> OSError | None:
+        """Force the write-ahead log to the disk; it is one file for as long as a connection is open."""
+        try:
+            if self._log < 0:
+                self._log = os.open(f"{self._path}-wal", os.O_RDONLY)
+            os.fsync(self._log)
+        except OSError as error:
+            return error
+        return None
 
     def _alone(self, write: _Write) -> tuple[Any, BaseException | None]:
         """Without BEGIN and SAVEPOINT: each statement commits by itself. Changes here are single statements, or sets

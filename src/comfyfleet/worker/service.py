@@ -7,6 +7,7 @@ or gets the finished one's answer, another body under the same key is refused. S
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from comfyfleet.clock import Clock
 from comfyfleet.ids import Ids
 from comfyfleet.settings.worker import QueueSettings
 from comfyfleet.wire.errors import (
+    DiskFull,
     EngineUnavailable,
     FleetError,
     IdempotencyMismatch,
@@ -151,6 +153,9 @@ class JobService:
         try:
             with anyio.CancelScope(shield=True):
                 await self._journal.accept(job)
+        except (sqlite3.Error, OSError) as problem:
+            self._leave(job)
+            raise DiskFull("the worker cannot write its journal") from problem
         except BaseException:
             self._leave(job)
             raise
@@ -321,7 +326,11 @@ class JobService:
                 await self._stages.notify(job, finished)
             except Exception:  # the stage boundary: a webhook that cannot be promised must not lose the result
                 log.exception("webhook.not_promised", job=job.id)
-            await self._journal.finish(job, finished, now)
+            try:
+                await self._journal.finish(job, finished, now)
+            except (sqlite3.Error, OSError):
+                # A full disk, most likely. The caller gets the result; a restart would run the job again.
+                log.exception("journal.not_written", job=job.id)
         job.finished = finished
         self._leave(job)
         self._recent[job.scope, job.key] = job
