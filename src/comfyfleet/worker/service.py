@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ import anyio
 import anyio.abc
 import msgspec
 import structlog
+from anyio.lowlevel import checkpoint
 
 from comfyfleet.clock import Clock
 from comfyfleet.ids import Ids
@@ -38,6 +38,7 @@ from comfyfleet.wire.workflow import Graph
 from comfyfleet.worker.engines.learned import Durations
 from comfyfleet.worker.engines.pool import EnginePool, EngineSlot, EngineState
 from comfyfleet.worker.job import Finished, Job, RunEvent
+from comfyfleet.worker.job_book import JobBook
 from comfyfleet.worker.journal import Journal
 from comfyfleet.worker.limits import reason_to_stop
 from comfyfleet.worker.pipeline import Pipeline, Stages
@@ -50,7 +51,6 @@ from comfyfleet.worker.templates import Templates
 log = structlog.get_logger()
 
 _SWEEP_S = 0.25
-_RECENT = 256
 _SAVE_LEARNED_S = 30.0
 _FORGET_EVERY_S = 600.0
 _encode = msgspec.json.Encoder().encode
@@ -84,9 +84,7 @@ class JobService:
         self._ids = ids
         self._on_finished = on_finished
         self._line = WaitingLine()
-        self._live: dict[tuple[str, str], Job] = {}
-        self._recent: OrderedDict[tuple[str, str], Job] = OrderedDict()
-        self._graphs: dict[tuple[str, str], Graph] = {}
+        self._book = JobBook(journal)
         self._pipeline: Pipeline | None = None
         self._tasks: anyio.abc.TaskGroup | None = None
         self._draining = False
@@ -126,7 +124,7 @@ class JobService:
         fingerprint = hashlib.sha256(_encode_sorted(request)).hexdigest()
         key = request.request_id or key
         if key:
-            known = self._find(scope, key)
+            known = self._book.find(scope, key)
             if known is not None and not _may_run_again(known):
                 if known.fingerprint != fingerprint:
                     raise IdempotencyMismatch(f"request_id {key} was used with another body", field="request_id")
@@ -154,10 +152,10 @@ class JobService:
             with anyio.CancelScope(shield=True):
                 await self._journal.accept(job)
         except (sqlite3.Error, OSError) as problem:
-            self._leave(job)
+            self._book.drop(job)
             raise DiskFull("the worker cannot write its journal") from problem
         except BaseException:
-            self._leave(job)
+            self._book.drop(job)
             raise
         self._line.add(job)
         self._start_next()
@@ -181,13 +179,10 @@ class JobService:
 
     def get(self, job_id: str, *, scope: str = "") -> Job:
         """A live, recent or journaled job of this scope. Raises NotFound."""
-        for job in (*self._live.values(), *self._recent.values()):
-            if job.id == job_id and job.scope == scope:
-                return job
-        found = self._journal.find_by_id(job_id, scope)
-        if found is None:
+        job = self._book.get(job_id, scope)
+        if job is None:
             raise NotFound("there is no such job", request_id=job_id)
-        return found
+        return job
 
     async def cancel(self, job_id: str, *, scope: str = "") -> Job:
         """Stop exactly this job, queued or running; returns at its end. A finished job stays as it is."""
@@ -208,7 +203,7 @@ class JobService:
         engines = [slot.backlog_s(now) for slot in self._pool.slots if slot.state is not EngineState.QUARANTINED]
         return estimate(
             self._line.jobs,
-            self._live.values(),
+            self._book.live(),
             engines=engines,
             predicted_s=lambda one: self._durations.run_s(one.shape),
             job=job,
@@ -239,7 +234,7 @@ class JobService:
         return replace(job.finished, body=_encode(result))
 
     def live_jobs(self) -> list[Job]:
-        return list(self._live.values())
+        return self._book.live()
 
     def drain(self) -> None:
         """Accept nothing more; what is accepted goes on."""
@@ -247,7 +242,7 @@ class JobService:
 
     def by_key(self, scope: str, key: str) -> Job | None:
         """A live or recent job by its key."""
-        return self._live.get((scope, key)) or self._recent.get((scope, key))
+        return self._book.by_key(scope, key)
 
     def engine_version(self) -> str:
         """What the first engine says it is; "" before it answered."""
@@ -260,10 +255,7 @@ class JobService:
         return self._pool.slots[0].reason if self._pool.is_hopeless else start_failure(self._pool.slots)
 
     def live_graphs(self) -> list[Graph]:
-        return list(self._graphs.values())
-
-    def _find(self, scope: str, key: str) -> Job | None:
-        return self.by_key(scope, key) or self._journal.find(scope=scope, key=key)
+        return self._book.graphs()
 
     def _admit(self) -> None:
         if self._draining or self._tasks is None:
@@ -285,14 +277,8 @@ class JobService:
         return job_id
 
     def _enter(self, job: Job, graph: Graph) -> None:
-        self._live[job.scope, job.key] = job
-        self._graphs[job.scope, job.key] = graph
-        self._recent.pop((job.scope, job.key), None)
+        self._book.enter(job, graph)
         job.events.add(job.accepted_at, RunStatus.QUEUED, "Waiting in the queue.")
-
-    def _leave(self, job: Job) -> None:
-        self._live.pop((job.scope, job.key), None)
-        self._graphs.pop((job.scope, job.key), None)
 
     def _start_next(self) -> None:
         """Let waiting jobs begin, a few ahead of the engines: their inputs are fetched while others render."""
@@ -312,7 +298,7 @@ class JobService:
         try:
             if job.request.webhook.events and self._tasks is not None:
                 self._tasks.start_soon(self._stages.follow, job)
-            finished = await self._pipeline.run(job, self._graphs.get((job.scope, job.key)), adopted)
+            finished = await self._pipeline.run(job, self._book.graph(job), adopted)
             await self._finish(job, finished)
         finally:
             self._line.remove(job)
@@ -332,12 +318,10 @@ class JobService:
                 # A full disk, most likely. The caller gets the result; a restart would run the job again.
                 log.exception("journal.not_written", job=job.id)
         job.finished = finished
-        self._leave(job)
-        self._recent[job.scope, job.key] = job
-        while len(self._recent) > _RECENT:
-            self._recent.popitem(last=False)
+        self._book.retire(job)
         job.events.close()
         job.done.set()
+        await checkpoint()  # who waits goes first; the log and the figures can follow
         self._on_finished(job, now - job.accepted_at)
         log.info(
             "job.finished",
@@ -386,7 +370,7 @@ class JobService:
         while True:
             await self._clock.sleep(_SWEEP_S)
             now, ticks = self._clock.now(), self._clock.monotonic()
-            for job in list(self._live.values()):
+            for job in self._book.live():
                 reason = reason_to_stop(
                     job, now, ticks, grace_s=self._settings.drop_grace_s, eta_s=lambda one: self.queue_view(one).eta_s
                 )

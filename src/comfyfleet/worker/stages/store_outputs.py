@@ -35,6 +35,8 @@ log = structlog.get_logger()
 POSTER_SUFFIX = ".poster.jpg"
 # Below this, copying costs less than the care that a shared inode needs.
 COPY_BELOW_BYTES = 4 * 1024 * 1024
+_QUICK_BYTES = 128 * 1024
+_QUICK_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 _HASH_BYTES = 1024 * 1024
 
 
@@ -152,11 +154,11 @@ class StoreOutputs:
         target = self._local.path(key)
         try:
             with room_on_disk():
-                stored = await anyio.to_thread.run_sync(
-                    partial(_keep, source, named.text, target, where.folders.get(named.type), where.copy),
-                    limiter=self._threads,
-                    abandon_on_cancel=True,
-                )
+                keep = partial(_keep, source, named.text, target, where.folders.get(named.type), where.copy)
+                if _is_quick(source):
+                    stored = keep()
+                else:
+                    stored = await anyio.to_thread.run_sync(keep, limiter=self._threads, abandon_on_cancel=True)
         except DiskFull as problem:
             full.append(problem)
             return
@@ -242,6 +244,13 @@ def missing_files(entry: Mapping[str, Any], folders: Mapping[str, Path]) -> list
         if one.text is None and source is not None and not source.is_file():
             gone.append(one)
     return gone
+
+
+def _is_quick(source: Path | None) -> bool:
+    """A picture so small that the way to a thread and back costs more than the work (half a millisecond)."""
+    if source is None or source.suffix.lower() not in _QUICK_SUFFIXES:
+        return False
+    return source.stat().st_size <= _QUICK_BYTES
 
 
 def _keep(source: Path | None, text: str | None, target: Path, folder: Path | None, copy: bool) -> _Stored:
