@@ -25,14 +25,24 @@ class Backlog:
 
     def __init__(self) -> None:
         self._amounts: dict[int, dict[str, Amount]] = {}
+        self._meanwhile: list[tuple[int, str, float, float]] = []
+
+    def begin_sync(self) -> None:
+        """The store is about to be asked: from now on, remember what its answer may lack."""
+        self._meanwhile = []
 
     def replace(self, waiting: Iterable[Waiting]) -> None:
+        """Take the store's sums, and what came since `begin_sync`. Counting a job twice only costs a look."""
         self._amounts = {}
         for row in waiting:
             amount = Amount(jobs=row.jobs, cost=row.cost, oldest_at=row.oldest_at)
             self._amounts.setdefault(row.endpoint_id, {})[row.scope] = amount
+        meanwhile, self._meanwhile = self._meanwhile, []
+        for added in meanwhile:
+            self.add(*added)
 
     def add(self, endpoint_id: int, scope: str, cost: float, at: float) -> None:
+        self._meanwhile.append((endpoint_id, scope, cost, at))
         amount = self._amounts.setdefault(endpoint_id, {}).setdefault(scope, Amount(oldest_at=at))
         amount.jobs += 1
         amount.cost += cost

@@ -27,7 +27,7 @@ from comfyfleet.control.keys import Vault
 from comfyfleet.control.leases import LEASE_S, LOST_AFTER_S, is_abandoned
 from comfyfleet.control.placements import Placed, TakeRequest
 from comfyfleet.control.records import Endpoint
-from comfyfleet.control.route_queue import RouteTicket
+from comfyfleet.control.route_queue import Phase, RouteTicket
 from comfyfleet.control.store.base import Store
 from comfyfleet.control.tickets import TICKET_LIFETIME_S, Tickets
 from comfyfleet.control.worker_calls import WorkerCalls
@@ -42,6 +42,7 @@ TICK_S = 1.0
 RESYNC_EVERY_S = 10.0
 _REPLAY_TIMEOUT_S = 60.0
 _WITHDRAW_FOR_S = 180.0
+_LOOK_AGAIN_S = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class _InLine:
 
     ticket: RouteTicket
     scope: str
+    tried_at: float
 
 
 class Dispatcher:
@@ -101,6 +103,7 @@ class Dispatcher:
                 try:
                     if self._clock.now() >= next_sync:
                         next_sync = self._clock.now() + RESYNC_EVERY_S
+                        self._backlog.begin_sync()
                         self._backlog.replace(await self._store.waiting())
                         abandoned = [job for job in await self._store.leased() if self._is_abandoned(job)]
                         await self._take_over(runs, abandoned)
@@ -122,6 +125,13 @@ class Dispatcher:
 
     async def _serve(self, endpoint: Endpoint, runs: anyio.abc.TaskGroup) -> None:
         """Lease jobs as long as there is a job and a worker with room."""
+        standing = self._in_line.get(endpoint.id)
+        if (
+            standing is not None
+            and standing.ticket.phase is Phase.WAITING
+            and self._clock.monotonic() - standing.tried_at < _LOOK_AGAIN_S
+        ):
+            return  # a new job behind a full line changes nothing; the desk says when there is room
         share = self._shares.setdefault(endpoint.id, FairShare())
         barren: set[str] = set()
         while True:
@@ -164,7 +174,7 @@ class Dispatcher:
         if isinstance(found, Placed):
             self._in_line.pop(endpoint.id, None)
             return found
-        self._in_line[endpoint.id] = _InLine(ticket=found.ticket, scope=head.scope)
+        self._in_line[endpoint.id] = _InLine(ticket=found.ticket, scope=head.scope, tried_at=self._clock.monotonic())
         if found.ticket.changed is None:
             found.ticket.changed = anyio.Event()
             runs.start_soon(self._wake, found.ticket.changed, name="dispatch wake")
