@@ -74,6 +74,9 @@ class WorkerSettings:
     log_level: str
 
 
+_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
 def from_environment(env: Mapping[str, str]) -> WorkerSettings:
     """Settings of the worker that runs under `env`. Raises BadRequest naming a variable that cannot be read."""
     try:
@@ -82,6 +85,9 @@ def from_environment(env: Mapping[str, str]) -> WorkerSettings:
     except ValueError as problem:
         raise BadRequest(str(problem)) from problem
     data_dir = default_data_dir(env)
+    host, key = env.get("COMFYFLEET_WRAPPER_HOST") or "127.0.0.1", env.get("COMFYFLEET_WORKER_KEY") or ""
+    if not key and host not in _LOOPBACK:
+        raise BadRequest(f"listening on {host} needs COMFYFLEET_WORKER_KEY", variable="COMFYFLEET_WORKER_KEY")
     worker_dir = Path(env.get("COMFYFLEET_WORKER_DIR") or data_dir / "workers" / "standalone").expanduser()
     install = env.get("COMFYUI_INSTALL_PATH") or ""
     install_path = Path(install).expanduser() if install and (Path(install) / "main.py").is_file() else None
@@ -101,9 +107,9 @@ def from_environment(env: Mapping[str, str]) -> WorkerSettings:
             result_ttl_s=_integer(env, "API_CACHE_TTL", 21_600),
         ),
         wrapper=WrapperSettings(
-            host=env.get("COMFYFLEET_WRAPPER_HOST") or "127.0.0.1",
+            host=host,
             port=_integer(env, "COMFYFLEET_WRAPPER_PORT", 18288),
-            key=env.get("COMFYFLEET_WORKER_KEY") or "",
+            key=key,
             include_comfyui_response=_flag(env, "INCLUDE_COMFYUI_RESPONSE", True),
             max_body_bytes=_integer(env, "COMFYFLEET_MAX_BODY_BYTES", 64 * 2**20),
         ),

@@ -33,6 +33,7 @@ class JobBook:
     def retire(self, job: Job) -> None:
         """A finished job; its graph goes, its result stays at hand for a while."""
         self.drop(job)
+        job.watch, job.inputs = None, ()  # told in the result; not to be kept for each of the last jobs
         self._recent[job.scope, job.key] = job
         while len(self._recent) > RECENT:
             self._recent.popitem(last=False)
