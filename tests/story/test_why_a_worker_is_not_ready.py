@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from comfyfleet.provision.template import find_template
 from support.control_plane import ControlPlane
 from support.model_server import Hosted, a_safetensors_file, model_server
 
@@ -36,6 +37,8 @@ class OneWorker:
         self.plane.start()
         endpoint = {"endpoint_name": "comfy", "cold_workers": 1, "max_workers": 1, "min_load": 1e9}
         assert self.plane.call("POST", "/api/v0/endptjobs/", endpoint)[0] == 200
+        if self.template.endswith(".toml"):  # a template of the user's own, by its path
+            self.template = self.plane.call("POST", "/api/v0/template/", {"name": self.template})[1]["hash_id"]
         group = {"endpoint_name": "comfy", "template_hash": self.template}
         assert self.plane.call("POST", "/api/v0/workergroups/", group)[0] == 200
         return self
@@ -112,18 +115,22 @@ def test_a_provisioning_script_that_fails_is_never_ready(tmp_path: Path):
 
 
 def test_a_worker_shows_how_far_its_downloads_are_and_then_serves(tmp_path: Path):
-    name = "v1-5-pruned-emaonly-fp16.safetensors"
     content = a_safetensors_file(3_000_000)
+    own = tmp_path / "own.toml"
+    (tmp_path / "graph.json").write_text(json.dumps(find_template("sd15").benchmark_graph()))
+    own.write_text(
+        'benchmark = "graph.json"\n[[models]]\nurl = "hf://o/r/own.safetensors"\nfolder = "checkpoints"\n'
+        f'sha256 = "{Hosted(content).sha256}"\n'
+    )
     with model_server() as server:
-        place = f"/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/{name}"
-        server.add(place, Hosted(content, bytes_per_s=1_000_000))
-        with OneWorker(tmp_path, "sd15", HF_ENDPOINT=server.base) as fleet:
+        server.add("/o/r/resolve/main/own.safetensors", Hosted(content, bytes_per_s=1_000_000))
+        with OneWorker(tmp_path, str(own), HF_ENDPOINT=server.base) as fleet:
             loading = fleet.row_when(lambda row: "%" in row["stage_detail"])
             ready = fleet.row_when(lambda row: row["status"] == "idle")
             logs = next((tmp_path / "control" / "workers").glob("*/logs/model.log")).read_text()
 
         assert (loading["status"], loading["stage"]) == ("loading", "provisioning")
         assert loading["stage_detail"].startswith("downloading 1 of 1, ")
-        assert (tmp_path / "control" / "models" / "checkpoints" / name).read_bytes() == content
+        assert (tmp_path / "control" / "models" / "checkpoints" / "own.safetensors").read_bytes() == content
         assert ready["error_msg"] == ""
         assert logs.splitlines()[-1] == "BACKENDS_READY"

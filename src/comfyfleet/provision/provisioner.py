@@ -22,6 +22,7 @@ from comfyfleet.version import __version__
 from comfyfleet.wire.errors import FleetError
 
 FILES_AT_ONCE = 3
+READ_BUFFER_BYTES = 512 * 1024  # aiohttp stops and resumes reading at this, and each time costs
 
 
 @dataclass(kw_only=True)
@@ -81,6 +82,7 @@ class Provisioner:
             auto_decompress=False,
             headers={"User-Agent": f"comfyfleet/{__version__}", "Accept-Encoding": "identity"},
             trust_env=True,
+            read_bufsize=READ_BUFFER_BYTES,
         )
 
 

@@ -18,6 +18,8 @@ from comfyfleet.provision.chunks import Identity, Ledger, boot_id, create_ledger
 from comfyfleet.provision.progress import size
 from comfyfleet.wire.errors import DiskFull
 
+_MOST_BLOCKS = 512  # IOV_MAX is 1024
+
 
 def part_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.part")
@@ -74,16 +76,20 @@ class Staged:
     def empty(self) -> None:
         os.ftruncate(self.fd, 0)
 
-    async def write(self, block: bytes | bytearray, offset: int) -> None:
-        """All of `block` at `offset`. Raises DiskFull."""
-        await anyio.to_thread.run_sync(self._write, block, offset)
+    async def write(self, blocks: list[bytes], offset: int) -> int:
+        """All of `blocks`, one behind the other, from `offset` on; how many bytes. Raises DiskFull."""
+        return await anyio.to_thread.run_sync(self._write, blocks, offset) if blocks else 0
 
-    def _write(self, block: bytes | bytearray, offset: int) -> None:
-        view = memoryview(block)
-        with room_or_disk_full(self.target, len(view)):
-            while view:
-                count = os.pwrite(self.fd, view, offset)
-                view, offset = view[count:], offset + count
+    def _write(self, blocks: list[bytes], offset: int) -> int:
+        total = sum(map(len, blocks))
+        with room_or_disk_full(self.target, total):
+            count = os.pwritev(self.fd, blocks[:_MOST_BLOCKS], offset)
+            if count < total:  # more blocks than one call takes, or the system took a part
+                rest = memoryview(b"".join(blocks))[count:]
+                while rest:
+                    count += (written := os.pwrite(self.fd, rest, offset + count))
+                    rest = rest[written:]
+        return total
 
     def finish(self) -> None:
         """Force it to disk, give it its name, force that to disk. Blocking."""

@@ -178,22 +178,26 @@ class Transfer:
 
     async def _take(self, answer: Answer, cursor: _Cursor) -> None:
         """Write what comes at the cursor, up to the chunk's end. What arrived before a cut is kept."""
-        pending = bytearray()
+        pending: list[bytes] = []
+        held = 0
 
         async def flush() -> None:
-            block = bytes(pending[: cursor.chunk.end - cursor.offset])
+            nonlocal held
+            blocks = _cut(pending, cursor.chunk.end - cursor.offset)
             pending.clear()
-            await self._file.write(block, cursor.offset)
-            cursor.offset += len(block)
-            self._progress.done_bytes += len(block)
-            self._progress.fetched_bytes += len(block)
+            held = 0
+            count = await self._file.write(blocks, cursor.offset)
+            cursor.offset += count
+            self._progress.done_bytes += count
+            self._progress.fetched_bytes += count
 
         since, came = self._clock.monotonic(), 0
         try:
             async for block in answer.blocks:
-                pending += block
+                pending.append(block)
                 came += len(block)
-                if len(pending) >= _WRITE_BYTES:
+                held += len(block)
+                if held >= _WRITE_BYTES:
                     await flush()
                 now = self._clock.monotonic()
                 if now - since >= self._limits.slow_window_s:
@@ -234,6 +238,15 @@ class Transfer:
         free = free_bytes(self._file.target.parent)
         if needed_bytes + self._limits.reserve_bytes > free:
             raise disk_full(self._file.target, needed_bytes, free, self._limits.reserve_bytes)
+
+
+def _cut(blocks: list[bytes], limit: int) -> list[bytes]:
+    """The blocks' first `limit` bytes: a server may send more than it was asked for."""
+    kept = []
+    for block in blocks:
+        kept.append(block[:limit])
+        limit -= len(kept[-1])
+    return [block for block in kept if block]
 
 
 def _first(group: BaseExceptionGroup[FleetError | SourceChanged]) -> FleetError | SourceChanged:
