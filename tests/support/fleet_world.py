@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 from support.control_plane import ControlPlane
+from support.vastai import run_vastai
 
 JOB_S = 0.05
 
@@ -125,3 +127,13 @@ class FleetWorld:
 
     def close(self) -> None:
         self.plane.close()
+
+
+def asked(world: FleetWorld, body: str, **values: Any) -> Any:
+    """The RESULT of `body`, run by the real client, open, with the world's `endpoint` at hand."""
+    opened = """
+        async with Serverless(KEY, autoscaler_url=BASE, webserver_url=BASE) as client:
+            endpoint = await client.get_endpoint(name="comfy")
+    """
+    snippet = textwrap.dedent(opened).rstrip() + "\n" + textwrap.indent(textwrap.dedent(body).strip("\n"), "    ")
+    return run_vastai(snippet, base=world.plane.base, key=world.plane.key, timeout_s=100, **values)

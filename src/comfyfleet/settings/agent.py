@@ -24,6 +24,7 @@ class AgentSettings:
     mtoken: str
     host: str
     port: int
+    side_port: int  # plain http, for a webhook on this machine that ends a session
     url: str
     endpoint: str
     incarnation: str
@@ -49,6 +50,7 @@ def agent_settings(env: Mapping[str, str]) -> AgentSettings | None:
         mtoken=env.get("MASTER_TOKEN", ""),
         host=env.get("COMFYFLEET_WORKER_HOST", "127.0.0.1"),
         port=port,
+        side_port=_integer(env, "WORKER_HTTP_PORT", port + 1),
         url=f"{scheme}://{env.get('PUBLIC_IPADDR', '127.0.0.1')}:{outside}",
         endpoint=env.get("COMFYFLEET_ENDPOINT", ""),
         incarnation=env.get("COMFYFLEET_INCARNATION", ""),

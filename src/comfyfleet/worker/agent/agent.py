@@ -29,7 +29,7 @@ from comfyfleet.wire.workers import WorkerStatusReport
 from comfyfleet.wire.workflow import Graph, parse_graph
 from comfyfleet.worker.agent.benchmark import BenchmarkFailed, BenchmarkKey, ScoreCache, graph_digest, with_random_seeds
 from comfyfleet.worker.agent.gpu import gpu_name
-from comfyfleet.worker.agent.listener import serve
+from comfyfleet.worker.agent.listener import bind, serve
 from comfyfleet.worker.agent.load_book import LoadBook, LoadSums
 from comfyfleet.worker.agent.measuring import Measured, measure
 from comfyfleet.worker.agent.reporter import Reporter, ReportTarget
@@ -95,6 +95,7 @@ class Agent:
             startup=self.startup,
             clock=clock,
             on_change=self._changed,
+            output_dir=folders.output_dir,
             max_body_bytes=max_body_bytes,
         )
 
@@ -114,8 +115,18 @@ class Agent:
             )
             loops.start_soon(self._reporter.run, name="reporter")
             loops.start_soon(self._server.run, name="followers")
-            loops.start_soon(serve, self._server, self._settings.host, self._settings.port, name="public port")
+            loops.start_soon(serve, self._server, bind(self._settings.host, self._settings.port), name="public port")
+            loops.start_soon(self._serve_side_port, name="side port")
             loops.start_soon(self._start_up, session, name="start-up")
+
+    async def _serve_side_port(self) -> None:
+        """A worker without it serves all the same: only a local webhook could miss it."""
+        try:
+            listener = bind("127.0.0.1", self._settings.side_port)
+        except OSError as error:
+            log.warning("side_port.taken", port=self._settings.side_port, why=error.strerror)
+            return
+        await serve(self._server.side, listener)
 
     async def _start_up(self, session: aiohttp.ClientSession) -> None:
         await self._admit_tickets(session)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 
 import uvicorn
@@ -17,9 +18,19 @@ class _QuietServer(uvicorn.Server):
         yield
 
 
-async def serve(app: ASGIApp, host: str, port: int) -> None:
-    """Until cancelled; raises SystemExit-free OSError when the port is taken."""
-    config = uvicorn.Config(
-        app, host=host, port=port, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75
-    )
-    await _QuietServer(config).serve()
+def bind(host: str, port: int) -> socket.socket:
+    """A socket to serve on. Raises OSError when the port is taken."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+async def serve(app: ASGIApp, listener: socket.socket) -> None:
+    """Until cancelled."""
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75)
+    await _QuietServer(config).serve(sockets=[listener])

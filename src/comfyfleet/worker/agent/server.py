@@ -3,6 +3,7 @@
     POST /generate, /generate/sync, /generate/stream   {auth_data, payload, session_id?}: uses the ticket up
     POST /result/{id}                                   {auth_data}: the job's result, or its events as a stream
     POST /cancel/{id}                                   {auth_data}
+    POST /files/{id}/{path}                             {auth_data}: one of the job's outputs, as it is
     POST /progress                                      {auth_data}: the progress of the job started with this ticket
     POST /session/create, /session/get, /session/end, /session/health
     GET  /health                                        for load balancers; the only route without a ticket
@@ -14,6 +15,7 @@ its end, whoever hangs up, because the control plane must learn what became of i
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -21,7 +23,7 @@ import anyio.abc
 import msgspec
 import structlog
 from starlette.datastructures import Headers
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from comfyfleet.clock import Clock
@@ -59,8 +61,10 @@ class TicketedServer:
         startup: Startup,
         clock: Clock,
         on_change: Callable[[], None],
+        output_dir: Path,
         max_body_bytes: int,
     ) -> None:
+        self._output_dir = output_dir
         self._service = service
         self._routes = routes
         self._sessions = sessions
@@ -72,6 +76,14 @@ class TicketedServer:
         self._tickets: TicketChecker | None = None
         self._followers: anyio.abc.TaskGroup | None = None
         self._followed: set[Job] = set()
+
+    async def side(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The plain side port: `/session/end` and nothing else, for a webhook on this machine."""
+        if scope["type"] == "http":
+            if scope["path"] == "/session/end":
+                await self(scope, receive, send)
+            else:
+                await worker_error(NotFound("there is no such route"))(scope, receive, send)
 
     def admit(self, tickets: TicketChecker) -> None:
         """From now on tickets can be checked: the control plane's key has arrived."""
@@ -174,17 +186,27 @@ class TicketedServer:
 
     def _answer_holder(self, path: str, claims: TicketClaims, headers: Headers) -> Callable[..., Awaitable[None]]:
         """Routes for whoever holds the ticket a job was started with, or another of the same key."""
-        kind, _, job_id = path.strip("/").partition("/")
+        kind, _, rest = path.strip("/").partition("/")
         if path == "/progress":
             return StreamingResponse(self._progress(claims), media_type="text/event-stream")
-        if kind not in ("result", "cancel") or not job_id:
+        job_id, _, name = rest.partition("/")
+        if kind not in ("result", "cancel", "files") or not job_id or bool(name) != (kind == "files"):
             raise NotFound("there is no such route")
         job = self._service.get(job_id, scope=claims.sub)
+        if kind == "files":
+            return self._output_file(job, name)
         if kind == "cancel":
             return _Cancelling(self._service, job, claims.sub)
         if "text/event-stream" in headers.get("accept", ""):
             return self._routes.follow(job, headers)
         return self._routes.answer_accepted(job, headers)
+
+    def _output_file(self, job: Job, name: str) -> FileResponse:
+        folder = (self._output_dir / job.folder).resolve()
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder) or not path.is_file():
+            raise NotFound("this job has no such output", request_id=job.id)
+        return FileResponse(path)
 
     async def _progress(self, claims: TicketClaims) -> AsyncIterator[bytes]:
         """Snapshots {status, message, percentage} until the job ends. Following does not keep a job alive."""

@@ -1,0 +1,145 @@
+"""Statements 45 to 50: sessions of the real client with our worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from support.fleet_world import FleetWorld, a_graph, asked
+from support.http_calls import post_json
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(150)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FleetWorld]:
+    # Refused addresses matter here, so nothing private is allowed; two workers with one session slot each.
+    world = FleetWorld(
+        tmp_path_factory.mktemp("fleet"), workers=2, COMFYFLEET_MAX_SESSIONS="1", COMFYFLEET_ALLOWED_PRIVATE_HOSTS=""
+    )
+    try:
+        yield world.start()
+    finally:
+        world.close()
+
+
+def payloads(*numbers: int) -> list[dict[str, Any]]:
+    return [{"input": {"workflow_json": a_graph(number)}} for number in numbers]
+
+
+def test_checklist_45_a_sessions_requests_go_to_one_worker(world: FleetWorld) -> None:
+    answers, url = asked(
+        world,
+        """
+        async with await endpoint.session(cost=100, lifetime=30) as session:
+            answers = [await session.request("/generate/sync", payload) for payload in PAYLOADS]
+            RESULT = [[[a["ok"], a["url"], a["request_idx"], a["response"]["status"]] for a in answers], session.url]
+        """,
+        PAYLOADS=payloads(1, 2, 3),
+    )
+
+    assert answers == [[True, url, 0, "completed"]] * 3
+
+
+def test_checklist_46_a_closed_or_expired_session_is_of_no_more_use(world: FleetWorld) -> None:
+    closed, expired = asked(
+        world,
+        """
+session = await endpoint.session(cost=100, lifetime=30)
+await session.close()
+try:
+    await session.request("/generate/sync", PAYLOADS[0])
+    closed = "used"
+except ValueError:
+    closed = "ValueError"
+session = await endpoint.session(cost=100, lifetime=0.2)
+await asyncio.sleep(1)
+try:
+    await session.request("/generate/sync", PAYLOADS[1])
+    expired = "used"
+except ValueError:
+    expired = "ValueError"
+RESULT = [closed, expired]
+        """,
+        PAYLOADS=payloads(4, 5),
+    )
+
+    assert (closed, expired) == ("ValueError", "ValueError")
+
+
+def test_checklist_47_when_a_workers_slots_are_taken_the_client_lands_on_another(world: FleetWorld) -> None:
+    urls = asked(
+        world,
+        """
+first = await endpoint.session(cost=100, lifetime=30)
+second = await endpoint.session(cost=100, lifetime=30, timeout=60)
+RESULT = [first.url, second.url]
+await first.close()
+await second.close()
+        """,
+    )
+
+    assert len(set(urls)) == 2
+
+
+def test_checklist_48_an_open_session_shows_the_auth_data_it_was_made_with(world: FleetWorld) -> None:
+    is_open, stored, given = asked(
+        world,
+        """
+session = await endpoint.session(cost=100, lifetime=30)
+is_open = await session.is_open()
+found = await endpoint.get_session(session.session_id, session.auth_data)
+RESULT = [is_open, found.auth_data, session.auth_data]
+await session.close()
+        """,
+    )
+
+    assert is_open is True
+    assert stored == given
+
+
+def test_checklist_49_a_local_webhook_ends_a_session_at_the_side_port(world: FleetWorld) -> None:
+    session_id, auth_data, url = asked(
+        world,
+        """
+session = await endpoint.session(cost=100, lifetime=60)
+RESULT = [session.session_id, session.auth_data, session.url]
+        """,
+    )
+    host, _, port = url.rpartition(":")
+    call = {"session_id": session_id, "session_auth": auth_data}
+
+    status, body = post_json(f"{host}:{int(port) + 1}/session/end", call)
+    again, _ = post_json(f"{host}:{int(port) + 1}/session/end", call)
+    elsewhere, _ = post_json(f"{host}:{int(port) + 1}/generate/sync", call)
+
+    assert (status, body) == (200, {"ended": True, "removed_session": session_id})
+    assert (again, elsewhere) == (400, 404)
+
+
+def test_checklist_50_a_session_needs_a_ticket_and_may_not_call_into_a_network(world: FleetWorld) -> None:
+    routed = asked(world, 'RESULT = await endpoint.request("/generate/sync", PAYLOADS[0])', PAYLOADS=payloads(6))
+    create = f"{routed['url']}/session/create"
+
+    unsigned, body = post_json(create, {"auth_data": {"cost": 1}, "payload": {}, "session_id": None})
+    bare, _ = post_json(create, {"payload": {}})
+    refused = asked(
+        world,
+        """
+RESULT = []
+for target in ["http://127.0.0.1:9/x", "http://169.254.169.254/latest", "http://[::1]/", "/pyworker/update"]:
+    try:
+        session = await endpoint.session(cost=100, lifetime=5, on_close_route=target, on_close_payload={}, timeout=10)
+        RESULT.append("opened")
+        await session.close()
+    except Exception as error:
+        RESULT.append(type(error).__name__)
+        """,
+    )
+
+    assert unsigned in (401, 422)
+    assert bare == 401
+    assert "error" in body
+    assert "opened" not in refused
