@@ -16,7 +16,7 @@ from starlette.responses import Response
 from comfyfleet.clock import Clock
 from comfyfleet.fetching.fetcher import GuardedFetcher
 from comfyfleet.web import JsonResponse
-from comfyfleet.wire.errors import BadRequest, FleetError, NotFound, Unprocessable
+from comfyfleet.wire.errors import BadRequest, FleetError, NotFound, Unauthorized, Unprocessable
 from comfyfleet.worker.agent.load_book import LoadBook
 from comfyfleet.worker.agent.sessions import Session, Sessions
 from comfyfleet.worker.agent.tickets import TicketChecker
@@ -84,8 +84,10 @@ class SessionRoutes:
 
     async def _create(self, call: Mapping[str, Any], tickets: TicketChecker) -> Response:
         auth_data, payload = call.get("auth_data"), call.get("payload") or {}
-        if not isinstance(auth_data, Mapping) or not isinstance(payload, Mapping):
-            raise Unprocessable("auth_data and payload must be objects", field="auth_data")
+        if not isinstance(auth_data, Mapping):
+            raise Unauthorized("a ticket is needed: auth_data is missing", reason="no_ticket")
+        if not isinstance(payload, Mapping):
+            raise Unprocessable("payload must be an object", field="payload")
         tickets.verify(auth_data)
         self.table.check_room()
         on_close_route = payload.get("on_close_route") or ""
