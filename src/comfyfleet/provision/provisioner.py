@@ -81,7 +81,6 @@ class Provisioner:
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             headers={"User-Agent": f"comfyfleet/{__version__}", "Accept-Encoding": "identity"},
-            trust_env=True,
             read_bufsize=READ_BUFFER_BYTES,
         )
 

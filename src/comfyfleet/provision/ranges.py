@@ -110,9 +110,13 @@ class Remote:
         current = self._place or self.url
         for _ in range(_MAX_REDIRECTS + 1):
             await self._clock.sleep(self._pauses.remaining_s(current.authority, self._clock.monotonic()))
-            own = authorization(current, self._settings)
             async with self._session.request(
-                method, current, headers={**headers, **own}, allow_redirects=False, timeout=self._timeout
+                method,
+                current,
+                headers={**headers, **authorization(current, self._settings)},
+                allow_redirects=False,
+                timeout=self._timeout,
+                proxy=self._settings.proxy_for(current.scheme, current.host or ""),
             ) as answer:
                 if answer.status in _REDIRECTS:
                     current = self._next_hop(current, answer)

@@ -50,12 +50,16 @@ def http_url(url: str, hub: str) -> str:
 def authorization(url: yarl.URL, settings: SourceSettings) -> dict[str, str]:
     """The header that this very URL may carry: a token for its own host, over TLS unless the hub named has none."""
     hub = yarl.URL(settings.hub)
-    is_hub = url.origin() == hub.origin() or (url.scheme == "https" and url.host in _HUB_HOSTS)
+    is_hub = url.origin() == hub.origin() or (_is_default_https(url) and url.host in _HUB_HOSTS)
     if is_hub and settings.hub_token:
         return {"Authorization": f"Bearer {settings.hub_token}"}
-    if url.scheme == "https" and url.host in _CIVITAI_HOSTS and settings.civitai_token:
+    if _is_default_https(url) and url.host in _CIVITAI_HOSTS and settings.civitai_token:
         return {"Authorization": f"Bearer {settings.civitai_token}"}
     return {}
+
+
+def _is_default_https(url: yarl.URL) -> bool:
+    return url.scheme == "https" and url.port == 443
 
 
 def token_hint(url: yarl.URL, settings: SourceSettings) -> str:

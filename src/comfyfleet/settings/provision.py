@@ -27,6 +27,14 @@ class SourceSettings:
     civitai_token: str = field(default="", repr=False)
     mirrors: tuple[str, ...] = ()
     offline_dir: Path | None = None
+    proxies: Mapping[str, str] = field(default_factory=dict, repr=False)  # http, https: URLs; no: hosts without one
+
+    def proxy_for(self, scheme: str, host: str) -> str | None:
+        """The proxy's URL for a request, if there is one. (A `.netrc` is not read: tokens have names of their own.)"""
+        proxy = self.proxies.get(scheme)
+        bare = [part.strip().lstrip("*.").lower() for part in self.proxies.get("no", "").split(",")]
+        is_bare = any(part == host.lower() or (part and host.lower().endswith(f".{part}")) for part in bare)
+        return None if not proxy or is_bare or self.proxies.get("no", "").strip() == "*" else proxy
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> SourceSettings:
@@ -38,6 +46,11 @@ class SourceSettings:
             civitai_token=env.get("CIVITAI_TOKEN", "").strip(),
             mirrors=tuple(mirror.strip().rstrip("/") for mirror in mirrors if mirror.strip()),
             offline_dir=Path(offline).expanduser() if offline else None,
+            proxies={
+                name: value
+                for name in ("http", "https", "no")
+                if (value := env.get(f"{name}_proxy") or env.get(f"{name.upper()}_PROXY"))
+            },
         )
 
 
