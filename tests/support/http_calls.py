@@ -18,4 +18,8 @@ def post_json(url: str, body: Any) -> tuple[int, Any]:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         with error:
-            return error.code, json.loads(error.read())
+            body = error.read()
+            try:
+                return error.code, json.loads(body)
+            except ValueError:
+                raise AssertionError(f"{url} answered {error.code} {body[:300]!r} {error.headers}") from None

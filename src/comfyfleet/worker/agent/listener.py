@@ -32,5 +32,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 async def serve(app: ASGIApp, listener: socket.socket) -> None:
     """Until cancelled."""
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75)
+    config = uvicorn.Config(
+        app, interface="asgi3", log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75
+    )
     await _QuietServer(config).serve(sockets=[listener])
