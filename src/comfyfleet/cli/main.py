@@ -33,7 +33,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench-worker": ("comfyfleet.cli.bench_worker", "Run a worker's benchmark by hand."),
     "clean": ("comfyfleet.cli.clean", "Free disk space by the worker's own rule."),
     "simulate": ("comfyfleet.cli.simulate", "Drive router and autoscaler through a trace in virtual time."),
-    "fleet": ("comfyfleet.cli.fleet", "Nodes, workers and events of a fleet."),
     "db": ("comfyfleet.cli.db", "Upgrade, check, export and import the control plane's database."),
 }
 
