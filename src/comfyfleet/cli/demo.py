@@ -30,7 +30,7 @@ from comfyfleet.client import Serverless
 from comfyfleet.wire.errors import Unavailable
 
 ENDPOINT_NAME = "comfyui-json"
-READY_LIMIT_S = 120.0
+READY_LIMIT_S = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +128,9 @@ async def _send_all(output_dir: Path) -> list[DemoRow]:
     rows = []
     async with Serverless() as client:
         endpoint = await client.get_endpoint(name=ENDPOINT_NAME)
+        with anyio.fail_after(READY_LIMIT_S):  # a request would wait by itself; so the table shows the request alone
+            while not any(worker.status == "idle" for worker in await endpoint.get_workers()):
+                await anyio.sleep(0.25)
         for request in REQUESTS:
             click.echo(f"\n{request.title}")
             progress = ProgressLine()

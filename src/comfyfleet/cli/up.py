@@ -6,6 +6,7 @@ workergroup, and client.toml. Then it prints where things are, and how the first
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -139,7 +140,6 @@ async def _set_up(options: UpOptions, url: str) -> None:
         f"comfyfleet is up\n"
         f"  control plane  {url}   (API: {url}/docs)\n"
         f"  endpoint       {ENDPOINT}\n"
-        f"  worker         http://127.0.0.1:18288/docs   (the first one's API wrapper)\n"
         f"  data           {options.data_dir}\n"
         f"  client file    {client_file}"
     )
@@ -197,7 +197,14 @@ async def _tell_first_worker(url: str, data_dir: Path) -> None:
             if now != last:
                 click.echo(f"  [{anyio.current_time() - began:5.1f} s] {now or 'no worker yet'}")
                 last = now
-            if any(worker.status == "idle" for worker in workers):
+            if ready := next((worker for worker in workers if worker.status == "idle"), None):
+                click.echo(f"worker {ready.id}'s API wrapper: {_wrapper_docs(data_dir, ready.id)}")
                 click.echo("ready")
                 return
             await anyio.sleep(0.25)
+
+
+def _wrapper_docs(data_dir: Path, worker_id: int) -> str:
+    """Where a local worker's wrapper is: its usual port, or the next free one when that was taken."""
+    record = json.loads((data_dir / "workers" / str(worker_id) / "local.json").read_text(encoding="utf-8"))
+    return f"http://127.0.0.1:{record['slot']['wrapper']}/docs"
