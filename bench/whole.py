@@ -96,7 +96,8 @@ def _peak_memory(data_dir: Path, up_pid: int) -> list[Figure]:
     peaks: dict[str, float] = {}
     for process in [psutil.Process(up_pid), *owned_processes(data_dir)]:
         words = process.cmdline()
-        role = next((word for word in words if word in ROLES), None) or os.path.basename(words[0] if words else "?")
+        named = [word.rpartition(".")[2] for word in words]  # "comfyfleet.engine.render" is the render child
+        role = next((word for word in named if word in ROLES), None) or os.path.basename(words[0] if words else "?")
         status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
         peak_mb = int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) / 1024  # type: ignore[union-attr]
         peaks[role] = max(peak_mb, peaks.get(role, 0.0))
