@@ -62,7 +62,8 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
     stage: str = ""
     stage_detail: str = ""
-    flag: str = ""  # why its score is doubted, or ""
+    flag: str = ""  # why its score is doubted against its peers', or ""; routing gives it less
+    own_flag: str = ""  # why the worker itself doubts its score, or ""; shown
     failures: int = 0  # starts in a row that did not end ready
     jobs_done: int = 0
     is_suspect: bool = False  # somebody could not reach it, and it has not reported since
@@ -128,6 +129,7 @@ def fold_report(worker: Worker, report: WorkerStatusReport, now: float) -> Worke
         version=report.version or worker.version,
         stage=report.stage or worker.stage,
         stage_detail=report.stage_detail,
+        own_flag=report.is_flagged,
         is_suspect=False,
     )
     return to_state(folded, after_report(worker.state, report), now)
@@ -167,7 +169,7 @@ def listed(worker: Worker, requests_working: int) -> dict[str, object]:
         "stage": worker.stage,
         "stage_detail": worker.stage_detail,
         "error_msg": worker.error_msg,
-        "flag": worker.flag,
+        "flag": worker.flag or worker.own_flag,
         "reason": "" if worker.state is WorkerState.IDLE else worker.error_msg or worker.stage_detail or worker.stage,
         "endpoint_id": worker.endpoint_id,
         "workergroup_id": worker.group_id,

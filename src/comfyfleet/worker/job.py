@@ -120,6 +120,7 @@ class Job:
     engine: str = ""
     adopted: bool = False  # the engine had its prompt already when this process started
     cached_nodes: tuple[str, ...] = ()
+    engine_s: float | None = None  # from the engine's start of the prompt to its success; None where it came from cache
     stamps: dict[str, float] = field(default_factory=dict)
     events: EventLog = field(default_factory=EventLog)
     inputs: tuple[InputFile, ...] = ()

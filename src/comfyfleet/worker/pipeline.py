@@ -268,7 +268,8 @@ class Pipeline:
             return
         start, end = entry.message("execution_start"), entry.message("execution_success")
         if start and end:
-            self._durations.learn_run(job.shape, max(0.0, (end["timestamp"] - start["timestamp"]) / 1000))
+            job.engine_s = max(0.0, (end["timestamp"] - start["timestamp"]) / 1000)
+            self._durations.learn_run(job.shape, job.engine_s)
         for node_id, seconds in watch.node_seconds.items():
             if node_id in graph:
                 self._durations.learn_node(graph[node_id]["class_type"], seconds)

@@ -25,9 +25,11 @@ from comfyfleet.settings.agent import AgentSettings
 from comfyfleet.version import __version__
 from comfyfleet.wire.errors import FleetError
 from comfyfleet.wire.generation import GenerateInput
+from comfyfleet.wire.shapes import shape_of
 from comfyfleet.wire.workers import WorkerStatusReport
 from comfyfleet.wire.workflow import Graph, parse_graph
 from comfyfleet.worker.agent.benchmark import BenchmarkFailed, BenchmarkKey, ScoreCache, graph_digest, with_random_seeds
+from comfyfleet.worker.agent.drift import DriftWatch
 from comfyfleet.worker.agent.gpu import gpu_name
 from comfyfleet.worker.agent.listener import bind, serve
 from comfyfleet.worker.agent.load_book import LoadBook, LoadSums
@@ -39,6 +41,7 @@ from comfyfleet.worker.agent.sessions import Sessions
 from comfyfleet.worker.agent.startup import Stage
 from comfyfleet.worker.agent.tickets import TicketChecker
 from comfyfleet.worker.api.generate import GenerateRoutes
+from comfyfleet.worker.job import Job
 from comfyfleet.worker.machine import Machine
 from comfyfleet.worker.service import JobService
 
@@ -83,6 +86,8 @@ class Agent:
         self.startup = machine.startup
         self._book = LoadBook()
         self._measured: Measured | None = None
+        self._drift: DriftWatch | None = None
+        self._scores = ScoreCache(folders.worker_dir / "scores.json")
         self._reporter: Reporter | None = None
         sessions = SessionRoutes(
             table=Sessions(limit=settings.max_sessions, ids=ids), book=self._book, clock=clock, fetcher=fetcher
@@ -95,6 +100,7 @@ class Agent:
             startup=self.startup,
             clock=clock,
             on_change=self._changed,
+            on_success=self._completed,
             output_dir=folders.output_dir,
             max_body_bytes=max_body_bytes,
         )
@@ -180,16 +186,18 @@ class Agent:
                     template=self._settings.template,
                     engines=len(self._service.engines),
                 )
-                return await measure(
+                measured = await measure(
                     with_random_seeds(graph),
                     key,
                     run_round=self._run_round,
                     engines=len(self._service.engines),
-                    cache=ScoreCache(self._folders.worker_dir / "scores.json"),
+                    cache=self._scores,
                     clock=self._clock,
                     limit_s=self._benchmark_limit_s(),
                     on_round=self._on_round,
                 )
+                self._drift = DriftWatch(shape=shape_of(graph), median_s=measured.score.median_s)
+                return measured
             except (BenchmarkFailed, FleetError, OSError, ValueError) as error:
                 self.startup.fail(str(error))
                 log.error("benchmark.failed", why=str(error))
@@ -220,6 +228,22 @@ class Agent:
         shutil.rmtree(self._folders.output_dir / job.folder, ignore_errors=True)
         if finished.http_status != 200:
             raise BenchmarkFailed(cause=str(msgspec.json.decode(finished.body).get("message", finished.http_status)))
+
+    def _completed(self, job: Job) -> None:
+        """A caller's job succeeded: does it still bear out the score? The first doubt outdates the cached one."""
+        if self._drift is None or self._measured is None:
+            return
+        before = self._drift.flag
+        self._drift.ran(job.shape, job.engine_s)
+        if self._drift.flag and not before:
+            log.warning("benchmark.drifted", why=self._drift.flag)
+            self._distrust(self._measured.score.key)
+
+    def _distrust(self, key: BenchmarkKey) -> None:
+        try:
+            self._scores.distrust(key)
+        except OSError as error:
+            log.warning("benchmark.not_outdated", why=error.strerror)
 
     def _on_round(self, detail: str) -> None:
         self.startup.enter(Stage.BENCHMARK, detail)
@@ -256,5 +280,5 @@ class Agent:
             gpu_name=self._gpu_name,
             gpu={"cards": [msgspec.to_builtins(card) for card in self._machine.cards.facts]},
             engine_version=self._service.engine_version(),
-            is_flagged=measured.flag if measured else "",
+            is_flagged=(measured.flag if measured else "") or (self._drift.flag if self._drift else ""),
         )

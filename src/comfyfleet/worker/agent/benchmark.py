@@ -38,13 +38,14 @@ class BenchmarkKey(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BenchmarkScore(msgspec.Struct, frozen=True, kw_only=True):
-    """score: load units per second. rounds_s: the measured rounds, warm-up left out."""
+    """score: load units per second. rounds_s: the measured rounds, warm-up left out. is_stale: real jobs denied it."""
 
     key: BenchmarkKey
     score: float
     median_s: float
     rounds_s: tuple[float, ...]
     measured_at: float
+    is_stale: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,8 @@ class ScoreCache:
         self._path = path
 
     def get(self, key: BenchmarkKey) -> BenchmarkScore | None:
-        return next((score for score in self._all() if score.key == key), None)
+        """The score that holds for `key`; None where there is none, or it has drifted away."""
+        return next((score for score in self._all() if score.key == key and not score.is_stale), None)
 
     def known_median_s(self, key: BenchmarkKey) -> float | None:
         """Median over what was measured for this graph on this GPU, whatever the engine version or template."""
@@ -117,9 +119,15 @@ class ScoreCache:
         return statistics.median(same) if same else None
 
     def put(self, score: BenchmarkScore) -> None:
-        kept = [other for other in self._all() if other.key != score.key][-31:]
+        self._write([*[other for other in self._all() if other.key != score.key][-31:], score])
+
+    def distrust(self, key: BenchmarkKey) -> None:
+        """The next start measures again. The median stays known, so that a machine that got slow is flagged then."""
+        self._write([msgspec.structs.replace(one, is_stale=one.is_stale or one.key == key) for one in self._all()])
+
+    def _write(self, scores: list[BenchmarkScore]) -> None:
         staging = self._path.with_suffix(".part")
-        staging.write_bytes(msgspec.json.encode([*kept, score]))
+        staging.write_bytes(msgspec.json.encode(scores))
         staging.replace(self._path)
 
     def _all(self) -> list[BenchmarkScore]:

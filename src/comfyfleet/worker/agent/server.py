@@ -61,6 +61,7 @@ class TicketedServer:
         startup: Startup,
         clock: Clock,
         on_change: Callable[[], None],
+        on_success: Callable[[Job], None],
         output_dir: Path,
         max_body_bytes: int,
     ) -> None:
@@ -72,6 +73,7 @@ class TicketedServer:
         self._startup = startup
         self._clock = clock
         self._on_change = on_change
+        self._on_success = on_success
         self._max_body_bytes = max_body_bytes
         self._tickets: TicketChecker | None = None
         self._followers: anyio.abc.TaskGroup | None = None
@@ -182,6 +184,8 @@ class TicketedServer:
         http_status = job.finished.http_status if job.finished else 503
         status = {200: "Success", 499: "Cancelled"}.get(http_status, "Error")
         self._book.end(reqnum=reqnum, status=status, now=self._clock.now())
+        if status == "Success":
+            self._on_success(job)
         self._on_change()
 
     def _answer_holder(self, path: str, claims: TicketClaims, headers: Headers) -> Callable[..., Awaitable[None]]:
