@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+import anyio
 import pytest
 
 from comfyfleet.clock import SystemClock
@@ -212,6 +214,40 @@ async def test_tokens_go_to_the_hub_and_not_where_it_redirects(server: ModelServ
         assert len(server.log) == 1
 
 
+def a_hub(server: ModelServer, place: str, content: bytes, *, sha256: str) -> SourceSettings:
+    """HF_ENDPOINT at `server`, which says size and digest on the redirect to `place`, as the hub does."""
+    linked = {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{sha256}"', "ETag": '"the-commit"'}
+    server.add("/owner/repo/resolve/v2/a/song.safetensors", Hosted(b"", redirect_to=place, redirect_headers=linked))
+    return SourceSettings.from_environment({"HF_ENDPOINT": server.base + "/", "HF_TOKEN": "hf_secret"})
+
+
+HUB_URL = "hf://owner/repo/a/song.safetensors@v2"
+
+
+async def test_the_hubs_own_words_tell_size_and_digest_and_no_token_follows(server: ModelServer, tmp_path: Path):
+    hosted = Hosted(CONTENT)
+    with model_server() as storage:
+        settings = a_hub(server, storage.add("/blob", hosted), CONTENT, sha256=hosted.sha256)
+
+        async with a_downloader(settings) as downloader:
+            assert await downloader.size(a_model(HUB_URL)) == len(CONTENT)
+        await download(HUB_URL, tmp_path, settings=settings)
+
+        assert the_file(tmp_path).read_bytes() == CONTENT
+        assert {asked.headers.get("Authorization") for asked in server.log} == {"Bearer hf_secret"}
+        assert {asked.headers.get("Authorization") for asked in storage.log} == {None}
+
+
+async def test_a_file_that_is_not_what_the_hub_said_never_gets_its_name(server: ModelServer, tmp_path: Path):
+    with model_server() as storage:
+        settings = a_hub(server, storage.add("/blob", Hosted(CONTENT)), CONTENT, sha256="ab" * 32)
+
+        with pytest.raises(ProvisionFailed, match=rf"SHA-256 is {Hosted(CONTENT).sha256}, not {'ab' * 32}"):
+            await download(HUB_URL, tmp_path, settings=settings)
+
+    assert not the_file(tmp_path).exists()
+
+
 async def test_an_address_that_ran_out_is_looked_up_again(server: ModelServer, tmp_path: Path):
     with model_server() as storage:
         hosted = Hosted(CONTENT)
@@ -318,8 +354,6 @@ async def test_what_is_there_is_not_fetched_again(server: ModelServer, tmp_path:
 
 
 async def test_two_processes_on_one_folder_fetch_a_file_once(server: ModelServer, tmp_path: Path):
-    import anyio
-
     url = server.add("/song", Hosted(CONTENT, bytes_per_s=3_000_000))
 
     async with anyio.create_task_group() as both:
@@ -328,3 +362,25 @@ async def test_two_processes_on_one_folder_fetch_a_file_once(server: ModelServer
 
     assert the_file(tmp_path).read_bytes() == CONTENT
     assert server.sent("/song") == len(CONTENT)
+
+
+@pytest.mark.slow
+async def test_two_processes_of_their_own_put_one_download_on_the_wire(server: ModelServer, tmp_path: Path):
+    url = server.add("/song", Hosted(CONTENT, bytes_per_s=400_000))
+    program = Path(__file__).resolve().parents[1] / "support" / "download_process.py"
+    words = [sys.executable, str(program), url, str(tmp_path), str(CHUNK), "2"]
+    codes: list[int | None] = []
+
+    async def one() -> None:
+        done = await anyio.run_process(words, check=False)
+        codes.append(done.returncode)
+        assert done.returncode == 0, done.stderr
+
+    async with anyio.create_task_group() as both:
+        both.start_soon(one)
+        both.start_soon(one)
+
+    assert codes == [0, 0]
+    assert the_file(tmp_path).read_bytes() == CONTENT
+    assert server.sent("/song") == len(CONTENT)
+    assert [path.name for path in the_file(tmp_path).parent.iterdir()] == ["song.safetensors"]

@@ -77,6 +77,22 @@ def test_a_pinned_install_with_its_node_is_proved_by_its_own_server(tmp_path: Pa
     assert (tmp_path / "ComfyUI" / "venv" / "bin" / "python").exists()
 
 
+def test_a_node_stays_at_its_pinned_commit_when_its_repository_goes_on(tmp_path: Path, monkeypatch):
+    provision(tmp_path, monkeypatch, "--dry-run")
+    (tmp_path / "reverb" / "__init__.py").write_text("raise ImportError('a later commit')")
+    who = ["git", "-c", "user.name=t", "-c", "user.email=t@example.com", "-c", "commit.gpgsign=false"]
+    subprocess.run([*who, "commit", "-qam", "two"], cwd=tmp_path / "reverb", check=True, capture_output=True)
+
+    done = CliRunner().invoke(
+        command,
+        ["comfyui", "--path", str(tmp_path / "ComfyUI"), "--nodes-of", str(tmp_path / "with-node.toml"), "--no-check"],
+    )
+
+    assert done.exit_code == 0, done.output
+    installed = tmp_path / "ComfyUI" / "custom_nodes" / "reverb" / "__init__.py"
+    assert installed.read_text() == "NODE_CLASS_MAPPINGS = {'Reverb': object}"
+
+
 def test_a_custom_node_that_does_not_import_is_named(tmp_path: Path, monkeypatch):
     printed = provision(tmp_path, monkeypatch, node="import not_installed_anywhere")
 

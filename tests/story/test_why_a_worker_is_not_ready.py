@@ -4,59 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from comfyfleet.provision.template import find_template
-from support.control_plane import ControlPlane
 from support.model_server import Hosted, a_safetensors_file, model_server
+from support.one_worker import OneWorker
 
 pytestmark = pytest.mark.slow
-
-FAKE = f"{sys.executable} -m comfyfleet.testing.fake_engine"
-
-
-class OneWorker:
-    """A fleet of one whose worker is started with `environment`; `template` is a workergroup's template."""
-
-    def __init__(self, folder: Path, template: str = "local", **environment: str) -> None:
-        self.template = template
-        self.plane = ControlPlane(
-            folder / "control",
-            arguments=["--fleet", "local", "--max-workers", "1"],
-            environment={
-                "COMFYFLEET_ENGINE_COMMAND": FAKE,
-                "COMFYFLEET_ALLOWED_PRIVATE_HOSTS": "127.0.0.1",
-                **environment,
-            },
-        )
-
-    def __enter__(self) -> OneWorker:
-        self.plane.start()
-        endpoint = {"endpoint_name": "comfy", "cold_workers": 1, "max_workers": 1, "min_load": 1e9}
-        assert self.plane.call("POST", "/api/v0/endptjobs/", endpoint)[0] == 200
-        if self.template.endswith(".toml"):  # a template of the user's own, by its path
-            self.template = self.plane.call("POST", "/api/v0/template/", {"name": self.template})[1]["hash_id"]
-        group = {"endpoint_name": "comfy", "template_hash": self.template}
-        assert self.plane.call("POST", "/api/v0/workergroups/", group)[0] == 200
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.plane.close()
-
-    def row_when(self, wanted, limit_s: float = 40.0) -> dict:
-        """The worker's row, once `wanted(row)`."""
-        until = time.monotonic() + limit_s
-        rows: list[dict] = []
-        while time.monotonic() < until:
-            rows = self.plane.call("GET", "/v1/workers")[1]["workers"]
-            for row in rows:
-                if wanted(row):
-                    return row
-            time.sleep(0.1)
-        raise AssertionError(f"{rows}\n{self.plane.log[-2000:]}")
 
 
 def test_a_broken_benchmark_graph(tmp_path: Path):
@@ -112,6 +68,42 @@ def test_a_provisioning_script_that_fails_is_never_ready(tmp_path: Path):
     assert row["error_msg"] == "provisioning: the provisioning script ended with code 7: no such bucket"
     assert "[ERROR] Provisioning Script failed with exit code 7" in log
     assert "BACKENDS_READY" not in log
+
+
+def test_a_provisioning_script_by_url_runs_before_the_engine_does(tmp_path: Path):
+    content = b"echo from afar\nprintf fetched > marker\n"
+    with model_server() as server:
+        url = server.add("/provision.sh", Hosted(content, content_type="text/x-shellscript"))
+        with OneWorker(tmp_path, PROVISIONING_SCRIPT=url) as fleet:
+            row = fleet.row_when(lambda row: row["status"] in ("idle", "error"))
+            log = next((tmp_path / "control" / "workers").glob("*/logs/model.log")).read_text()
+            marker = next((tmp_path / "control" / "workers").glob("*/marker")).read_text()
+
+    assert row["error_msg"] == ""
+    assert marker == "fetched"
+    assert log.index("from afar") < log.index("BACKENDS_READY")
+
+
+def test_a_provisioning_script_at_a_private_address_is_refused_and_the_worker_never_ready(tmp_path: Path):
+    with model_server() as server:
+        url = server.add("/provision.sh", Hosted(b"touch marker\n"))
+        with OneWorker(tmp_path, PROVISIONING_SCRIPT=url, COMFYFLEET_ALLOWED_PRIVATE_HOSTS="") as fleet:
+            row = fleet.row_when(lambda row: row["error_msg"])
+
+        assert row["status"] == "error"
+        assert row["error_msg"].startswith("provisioning: PROVISIONING_SCRIPT: ")
+        assert "127.0.0.1" in row["error_msg"]
+        assert server.log == []  # not even asked
+        assert not list((tmp_path / "control" / "workers").glob("*/marker"))
+
+
+def test_a_provisioning_script_that_its_server_does_not_have_is_named(tmp_path: Path):
+    with model_server() as server, OneWorker(tmp_path, PROVISIONING_SCRIPT=f"{server.base}/none.sh") as fleet:
+        row = fleet.row_when(lambda row: row["error_msg"])
+
+    assert row["status"] == "error"
+    assert row["error_msg"].startswith("provisioning: PROVISIONING_SCRIPT: ")
+    assert "404" in row["error_msg"]
 
 
 def test_a_worker_shows_how_far_its_downloads_are_and_then_serves(tmp_path: Path):

@@ -27,6 +27,7 @@ class Hosted:
     cut_after: list[int] = field(default_factory=list)
     bytes_per_s: float = 0.0
     redirect_to: str = ""
+    redirect_headers: dict[str, str] = field(default_factory=dict)  # what the hub says of the file it leads to
     content_type: str = "application/octet-stream"
 
     @property
@@ -99,6 +100,8 @@ class ModelServer:
         if hosted.redirect_to:
             handler.send_response(302)
             handler.send_header("Location", hosted.redirect_to)
+            for name, value in hosted.redirect_headers.items():
+                handler.send_header(name, value)
             handler.send_header("Content-Length", "0")
             handler.end_headers()
             return

@@ -94,6 +94,8 @@ async def _provision(provisioner: Provisioner, template: Template, dry_run: bool
     click.echo(f"{template.name} into {provisioner.models_dir}")
     for line in plan.lines():
         click.echo(line)
+    for node in template.custom_nodes:
+        click.echo(f"custom node {node.repository} at {node.commit}: comes with `provision comfyui --nodes-of`")
     if dry_run or not plan.work:
         return
     began = provisioner.clock.monotonic()

@@ -61,6 +61,8 @@ class Plan:
 
     def lines(self) -> list[str]:
         """One a step, and the sum."""
+        if not self.steps:
+            return ["no model files are needed"]
         lines = []
         for step in self.steps:
             amount = "size unknown" if step.fetch_bytes is None else size(step.fetch_bytes)
