@@ -77,13 +77,14 @@ def place(source: Path, target: Path, copy: bool) -> None:
 
 def place_bytes(data: bytes, target: Path) -> None:
     """Make `target` hold these bytes, at once or not at all. Blocking."""
-    folder = str(target.parent)
-    try:
-        os.mkdir(folder)  # a job's folder is new most of the time, and every job passes here
-    except FileExistsError:
-        pass
-    except FileNotFoundError:
-        os.makedirs(folder, exist_ok=True)
+    folder = os.path.dirname(target)
+    if not os.path.isdir(folder):
+        try:
+            os.mkdir(folder)
+        except FileNotFoundError:
+            os.makedirs(folder, exist_ok=True)
+        except FileExistsError:  # another file of the same job was faster
+            pass
     draft = f"{folder}/.part-{secrets.token_hex(6)}"
     handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:

@@ -1,21 +1,22 @@
 """What survives this process: accepted jobs, their prompt ids, their ends, and whatever a table of another part holds.
 
-SQLite in WAL mode, one writer thread; writes that wait together share one commit and one sync. `write` returns when the
-change survives this process (committed), and with `durable` when it survives a power cut too (synced). What is told to
-anybody is durable first; a prompt id that is only about to be sent is not, since its engine would not survive either.
-Reading uses a connection of the loop's own: look-ups by key cost microseconds.
+SQLite in WAL mode, one writer at a time; writes that wait together share one commit and one sync, in a thread. `write`
+returns when the change survives this process (committed), and with `durable` when it survives a power cut too (synced).
+What is told to anybody is durable first; a prompt id that is only about to be sent is not, since its engine would not
+survive either. Reading uses a connection of the loop's own: look-ups by key cost microseconds.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import queue
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import anyio
 import anyio.to_thread
@@ -30,6 +31,7 @@ from comfyfleet.worker.job import Finished, Job, RunEvent
 
 Returned = TypeVar("Returned")
 _MOST_IN_ONE_COMMIT = 256
+_CHECKPOINT_AFTER = 250  # writes, of some four pages each: SQLite's own thousand pages
 _encode = msgspec.json.Encoder().encode
 _request_decoder = msgspec.json.Decoder(GenerateInput)
 _events_decoder = msgspec.json.Decoder(list[RunEvent])
@@ -64,6 +66,8 @@ class Journal:
         self._sealer = sealer
         self._writes: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._log = -1
+        self._turn = threading.Lock()  # who writes on `_db`: the thread, or the loop for one quick commit
+        self._unmoved = 0  # writes since the last checkpoint
         self._db = self._connect()
         self._db.executescript(sql.SCHEMA)
         self._reader = self._connect()
@@ -78,6 +82,16 @@ class Journal:
     async def write(self, change: Callable[[sqlite3.Connection], Returned], *, durable: bool = True) -> Returned:
         """Run `change` on the writer's connection and commit; it is undone when it raises. No I/O in it but SQL."""
         write = _Write(change, durable)
+        if not durable and self._writes.empty() and self._turn.acquire(blocking=False):
+            # Nothing waits and nothing is synced: the commit takes less than the way to the thread and back.
+            try:
+                self._unmoved += 1
+                value, failure = self._alone(write)
+            finally:
+                self._turn.release()
+            if failure is not None:
+                raise failure
+            return cast(Returned, value)
         self._writes.put(write)
         try:
             found: Returned = await asyncio.shield(write.future)
@@ -185,6 +199,7 @@ class Journal:
         db.row_factory = sqlite3.Row
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")  # the log is synced by `_settle`, once for all that wait for it
+        db.execute("PRAGMA wal_autocheckpoint = 0")  # `_move_log` does it, after those who wait were told
         return db
 
     def _run(self) -> None:
@@ -194,16 +209,25 @@ class Journal:
                 batch.append(self._writes.get())
             writes = [write for write in batch if write is not None]
             if writes:
-                self._commit(writes)
+                with self._turn:
+                    outcomes = self._commit(writes)
+                self._settle(writes, outcomes)
+                self._unmoved += len(writes)
+                if self._unmoved >= _CHECKPOINT_AFTER:
+                    self._move_log()
             if len(writes) < len(batch):
                 return
 
-    def _commit(self, writes: list[_Write]) -> None:
+    def _move_log(self) -> None:
+        """Move the log into the database, so that it stays short. A failure is the next write's to tell."""
+        self._unmoved = 0
+        with self._turn, contextlib.suppress(sqlite3.Error):
+            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+    def _commit(self, writes: list[_Write]) -> list[tuple[Any, BaseException | None]]:
         outcomes: list[tuple[Any, BaseException | None]] = []
         if len(writes) == 1:  # most often: one statement is a transaction of its own
-            outcomes = [self._alone(writes[0])]
-            self._settle(writes, outcomes)
-            return
+            return [self._alone(writes[0])]
         try:
             self._db.execute("BEGIN IMMEDIATE")
             for write in writes:
@@ -213,7 +237,7 @@ class Journal:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             outcomes = [(None, error)] * len(writes)
-        self._settle(writes, outcomes)
+        return outcomes
 
     def _settle(self, writes: list[_Write], outcomes: list[tuple[Any, BaseException | None]]) -> None:
         for durable in (False, True):

@@ -49,6 +49,7 @@ class Stages:
 
     fetch_inputs: Callable[[Graph, GenerateInput], Awaitable[FetchedInputs]]
     bring_outputs: Callable[[EngineSlot, dict[str, Any], str], Awaitable[tuple[Mapping[str, Path], set[str]]]]
+    expect_outputs: Callable[[str], None]  # its folder is wanted soon; called while the engine renders
     store_outputs: Callable[[dict[str, Any], str, GenerateInput, Mapping[str, Path]], Awaitable[list[OutputEntry]]]
     check: Callable[[GenerateInput], None]
     resign: Callable[[list[OutputEntry], GenerateInput], Awaitable[None]]
@@ -244,9 +245,13 @@ class Pipeline:
             node_id: self._durations.node_s(node["class_type"]) or _guess_s(node) for node_id, node in graph.items()
         }
         last_at = 0.0
+        expected = False
 
         def tell(watch: PromptWatch) -> None:
-            nonlocal last_at
+            nonlocal last_at, expected
+            if not expected:
+                expected = True
+                self._stages.expect_outputs(job.folder)
             if watch.last_heard - last_at < _PROGRESS_EVERY_S or job.status is not RunStatus.GENERATING:
                 return
             last_at = watch.last_heard

@@ -321,7 +321,9 @@ class JobService:
         self._book.retire(job)
         job.events.close()
         job.done.set()
-        await checkpoint()  # who waits goes first; the log and the figures can follow
+        # Who waits goes first, and uvloop writes at the end of a turn: the log and the figures follow in the next one.
+        await checkpoint()
+        await checkpoint()
         self._on_finished(job, now - job.accepted_at)
         log.info(
             "job.finished",

@@ -79,9 +79,11 @@ class GenerateRoutes:
             async with anyio.create_task_group() as racers:
                 racers.start_soon(_until_disconnect, receive, racers.cancel_scope)
                 finished = await self._service.wait(job)
+                # Answered in here: ending the race first would keep the caller waiting for it.
+                await result_response(finished, full=self.wants_full(headers))(scope, receive, send)
                 racers.cancel_scope.cancel()
-        if finished is not None:
-            await result_response(finished, full=self.wants_full(headers))(scope, receive, send)
+            return
+        await result_response(finished, full=self.wants_full(headers))(scope, receive, send)
 
     def answer_accepted(self, job: Job, headers: Headers) -> Response:
         """202 and how far the job is, or its result."""

@@ -20,6 +20,7 @@ from comfyfleet.clock import Clock
 from comfyfleet.ids import Ids
 from comfyfleet.wire.errors import WorkflowRefused
 from comfyfleet.wire.workflow import Graph
+from comfyfleet.worker.engines.line import Line, LineBroken
 from comfyfleet.worker.engines.refusals import refusal, with_nearest
 
 log = structlog.get_logger()
@@ -102,6 +103,7 @@ class EngineClient:
     def __init__(self, base_url: str, *, session: aiohttp.ClientSession, clock: Clock, ids: Ids) -> None:
         self.base_url = base_url
         self._session = session
+        self._line = Line(base_url) if Line.reaches(base_url) else None
         self._clock = clock
         self._ids = ids
         self._listeners: dict[str, Listener] = {}
@@ -118,6 +120,13 @@ class EngineClient:
 
     async def run(self) -> None:
         """Keep one socket open for as long as the client lives."""
+        try:
+            await self._keep_socket()
+        finally:
+            if self._line is not None:
+                self._line.close()
+
+    async def _keep_socket(self) -> None:
         wait_s = _RECONNECT_FIRST_S
         while True:
             try:
@@ -276,12 +285,15 @@ class EngineClient:
         return with_nearest(error, spec)
 
     async def _call(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
+        data = None if body is None else _encode(body)
         try:
-            async with self._session.request(
-                method, self.base_url + path, data=None if body is None else _encode(body), headers=_JSON
-            ) as answer:
+            if self._line is not None:
+                status, found = await self._line.call(method, path, data)
+                if not 300 <= status < 400:
+                    return status, found
+            async with self._session.request(method, self.base_url + path, data=data, headers=_JSON) as answer:
                 return answer.status, await answer.read()
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        except (aiohttp.ClientError, LineBroken, OSError, TimeoutError) as error:
             raise EngineGone(f"{method} {path}: {str(error) or type(error).__name__}") from error
 
     def _new_client_id(self) -> str:

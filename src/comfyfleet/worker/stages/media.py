@@ -58,6 +58,8 @@ def media_facts(path: Path, data: bytes | None = None) -> MediaFacts:
     """
     mime = sniffed_type(path) if data is None else type_of_bytes(data[:_HEAD_BYTES], path.name)
     family = mime.partition("/")[0]
+    if mime == "image/png" and data is not None and (size := _still_png_size(data)):
+        return MediaFacts(kind="image", mime=mime, width=size[0], height=size[1])
     if family == "image":
         return _image_facts(path if data is None else io.BytesIO(data), mime)
     if family in ("video", "audio"):
@@ -119,6 +121,19 @@ def _by_signature(head: bytes) -> str:
     if len(head) > 2 and head[0] == 0xFF and head[1] & 0xE6 == 0xE2:  # MPEG audio frame, layer III or II, no tag
         return "audio/mpeg"
     return ""
+
+
+def _still_png_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a plain PNG, from its first chunk; None for one that may be animated or is odd.
+
+    Nearly every output is one, and opening it as a picture costs more than keeping it. Layout: PNG specification,
+    11.2.1 (IHDR comes first: length 13, name, two big-endian sizes); an animation's acTL stands before the first IDAT.
+    """
+    first_pixels = data.find(b"IDAT")
+    if data[8:16] != b"\0\0\0\rIHDR" or first_pixels < 0 or data.find(b"acTL", 0, first_pixels) >= 0:
+        return None
+    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    return (width, height) if 0 < width < 2**31 and 0 < height < 2**31 else None
 
 
 def _image_facts(source: Path | io.BytesIO, mime: str) -> MediaFacts:
