@@ -8,7 +8,6 @@ answer that asks for more (a 3xx) is the caller's to repeat another way. Streams
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -17,6 +16,7 @@ import httptools
 _CONNECT_S = 10.0
 _SILENCE_S = 120.0  # of an engine that took a call, before it counts as gone
 _MOST_IDLE = 32
+_MEASURES = frozenset({b"content-length", b"transfer-encoding"})
 
 
 class LineBroken(Exception):
@@ -38,6 +38,8 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._calls = 0
         self._is_heard = False
+        self._is_headed = False  # the answer's headers are there
+        self._is_measured = False  # and say where its body ends
         self.is_open = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -45,10 +47,8 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_open = False
-        if self._parser is not None and self._answer is not None and not self._answer.done():
-            # A body without a length ends with its connection.
-            with contextlib.suppress(httptools.HttpParserError):
-                self._parser.feed_data(b"")
+        if exc is None and self._is_headed and not self._is_measured:
+            self.on_message_complete()  # a body without a length ends with its connection
         self._fail(str(exc or "the engine closed the connection"))
 
     def data_received(self, data: bytes) -> None:
@@ -62,15 +62,21 @@ class _Connection(asyncio.Protocol):
             self._fail(f"unreadable answer: {problem}")
             self.close()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._is_measured = self._is_measured or name.lower() in _MEASURES
+
+    def on_headers_complete(self) -> None:
+        self._is_headed = True
+
     def on_body(self, body: bytes) -> None:
         self._parts.append(body)
 
     def on_message_complete(self) -> None:
         status = self._parser.get_status_code()
         if status < 200:  # 100 Continue and its like: the answer is still to come
-            self._parts = []
+            self._begin()
             return
-        if not self._parser.should_keep_alive():
+        if not self._is_measured or not self._parser.should_keep_alive():
             self.close()
         if self._answer is not None and not self._answer.done():
             self._answer.set_result((status, b"".join(self._parts)))
@@ -80,7 +86,8 @@ class _Connection(asyncio.Protocol):
         if self._transport is None or not self.is_open:
             raise LineBroken("the connection is closed", was_stale=True)
         self._calls += 1
-        self._parts, self._is_heard = [], False
+        self._is_heard = False
+        self._begin()
         self._parser = httptools.HttpResponseParser(self)
         self._answer = self._loop.create_future()
         overdue = self._loop.call_later(limit_s, self._fail, f"no answer within {limit_s:.0f} s")
@@ -93,6 +100,9 @@ class _Connection(asyncio.Protocol):
         finally:
             overdue.cancel()
             self._answer = self._parser = None
+
+    def _begin(self) -> None:
+        self._parts, self._is_headed, self._is_measured = [], False, False
 
     def close(self) -> None:
         self.is_open = False

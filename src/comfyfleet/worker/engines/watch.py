@@ -51,7 +51,8 @@ class PromptWatch:
         self.updates: list[dict[str, Any]] = []
         self.step: tuple[float, float] | None = None
         self.preview: Preview | None = None
-        self.hint = anyio.Event()
+        self.hint = anyio.Event()  # it ended, or so it seems
+        self.stored = anyio.Event()  # its history entry is there: the engine took up its next work
         self.lost: FaultKind | None = None
 
     def hear(self, event: EngineEvent | Preview) -> None:
@@ -74,6 +75,8 @@ class PromptWatch:
         elif kind in _ENDS or kind == "executing":
             self._leave_node(now)
             self.hint.set()
+            if kind == "executing":
+                self.stored.set()
             return
         else:
             return

@@ -22,7 +22,9 @@ log = structlog.get_logger()
 
 POLL_S = 1.0
 _SOCKET_S = 2.0
-# The history may come a little after the event that announces the end.
+# The history may come a little after the event that announces the end. Another event says that it came; should that be
+# lost, we ask all the same.
+_STORED_S = 0.02
 _LATE_HISTORY_S = (0.0, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5)
 
 
@@ -90,6 +92,9 @@ async def follow(slot: EngineSlot, watch: PromptWatch, *, clock: Clock, first_po
 async def _late_history(client: EngineClient, watch: PromptWatch, clock: Clock) -> HistoryEntry | None:
     if not watch.hint.is_set():
         return await client.history(watch.prompt_id)
+    if not watch.stored.is_set() and watch.lost is None:
+        with anyio.move_on_after(_STORED_S):
+            await watch.stored.wait()
     for wait_s in _LATE_HISTORY_S:
         if wait_s:
             await clock.sleep(wait_s)
