@@ -11,7 +11,7 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from comfyfleet.control.plane import RoutingPlane
 from comfyfleet.control.records import AccountVariable, ApiKey, Endpoint, Template, Workergroup
 from comfyfleet.control.store.store import SqlStore, open_postgres, open_sqlite
 from comfyfleet.ids import Ids, SystemIds
+from comfyfleet.listening import QuietServer, bind
 from comfyfleet.sealing import load_or_create_key
 from comfyfleet.settings.control import ControlSettings
 from comfyfleet.signing import UrlSigner
@@ -223,22 +224,11 @@ async def run_loops(control: Control) -> None:
         group.start_soon(control.durable.run, name="durable jobs")
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its own signal handling: we end the loops as well, in order."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 def listen(settings: ControlSettings) -> socket.socket:
     """The inherited socket if there is one (its owner keeps it open across our restarts), else a new one."""
     if settings.fd is not None:
         return socket.socket(fileno=settings.fd)
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((settings.host, settings.port))
+    listener = bind(settings.host, settings.port)
     listener.listen(2048)
     return listener
 
@@ -253,7 +243,7 @@ async def serve(settings: ControlSettings, listener: socket.socket) -> None:
             if sys.stdout.isatty():  # once, and never into a file or a pipe
                 path = settings.data_dir / "admin.key"
                 sys.stdout.write(f"admin key (made now, kept in {path}):\n{control.admin_key}\n")
-        server = _Server(
+        server = QuietServer(
             uvicorn.Config(
                 build(control),
                 http="httptools",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import shutil
-import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ import uvicorn
 
 from comfyfleet.clock import Clock
 from comfyfleet.ids import Ids
+from comfyfleet.listening import QuietServer, bind, stop_on_signal
 from comfyfleet.provision.staging import free_bytes
 from comfyfleet.sealing import Sealer, load_or_create_key
 from comfyfleet.settings.agent import AgentSettings, agent_settings
@@ -157,7 +157,7 @@ async def running(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cl
 
 async def serve(settings: WorkerSettings, env: Mapping[str, str], *, clock: Clock, ids: Ids) -> None:
     """Run the worker until SIGTERM or SIGINT."""
-    listener = _listener(settings.wrapper.host, settings.wrapper.port)
+    listener = bind(settings.wrapper.host, settings.wrapper.port)
     async with running(settings, env, clock=clock, ids=ids) as worker:
         app = build(
             worker.service,
@@ -178,13 +178,14 @@ async def serve(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cloc
             http="httptools",
             timeout_graceful_shutdown=2,
         )
-        server = uvicorn.Server(config)
+        server = QuietServer(config)
         # What was loaded stays: collecting it again and again costs a waiting caller tens of milliseconds each time.
         gc.collect()
         gc.freeze()
         log.info("worker.listening", host=settings.wrapper.host, port=listener.getsockname()[1])
         fleet = agent_settings(env)
         async with anyio.create_task_group() as members:
+            members.start_soon(stop_on_signal, server, name="signals")
             foreign = pyworker_settings(env)
             if fleet is not None and foreign is not None:
                 pyworker = Pyworker(
@@ -279,10 +280,3 @@ def _stages(kit: Kit, operator_webhook: str, pulled: Path) -> Stages:
         notify=notify,
         follow=follow,
     )
-
-
-def _listener(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((host, port))
-    return listener

@@ -20,6 +20,7 @@ import structlog
 from comfyfleet.clock import Clock
 from comfyfleet.fetching.fetcher import GuardedFetcher
 from comfyfleet.ids import Ids
+from comfyfleet.listening import bind, serve
 from comfyfleet.provision.template import find_template
 from comfyfleet.settings.agent import AgentSettings
 from comfyfleet.version import __version__
@@ -31,7 +32,6 @@ from comfyfleet.wire.workflow import Graph, parse_graph
 from comfyfleet.worker.agent.benchmark import BenchmarkFailed, BenchmarkKey, ScoreCache, graph_digest, with_random_seeds
 from comfyfleet.worker.agent.drift import DriftWatch
 from comfyfleet.worker.agent.gpu import gpu_name
-from comfyfleet.worker.agent.listener import bind, serve
 from comfyfleet.worker.agent.load_book import LoadBook, LoadSums
 from comfyfleet.worker.agent.measuring import Measured, measure
 from comfyfleet.worker.agent.reporter import Reporter, ReportTarget

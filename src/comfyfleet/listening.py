@@ -1,17 +1,22 @@
-"""Serve one ASGI application inside a task group: uvicorn without its hold on the process's signals."""
+"""Sockets and servers for every role: uvicorn without its hold on the process's signals.
+
+Signals belong to a composition root, which has loops to end as well as a server. No routes and no settings here.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 from collections.abc import Iterator
 
+import anyio
 import uvicorn
 from starlette.types import ASGIApp
 
 
-class _QuietServer(uvicorn.Server):
-    """Signals belong to the process's composition root."""
+class QuietServer(uvicorn.Server):
+    """Runs until cancelled or until `should_exit` is set; never touches a signal."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -31,8 +36,16 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 async def serve(app: ASGIApp, listener: socket.socket) -> None:
-    """Until cancelled."""
+    """One more application inside a task group, until cancelled."""
     config = uvicorn.Config(
         app, interface="asgi3", log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75
     )
-    await _QuietServer(config).serve(sockets=[listener])
+    await QuietServer(config).serve(sockets=[listener])
+
+
+async def stop_on_signal(server: uvicorn.Server) -> None:
+    """The first SIGINT or SIGTERM ends the server in order, the second at once."""
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            server.force_exit = server.should_exit
+            server.should_exit = True
