@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
@@ -44,8 +43,6 @@ def command(
 ) -> None:
     """Run the embedded engine, which speaks ComfyUI's protocol."""
     logs.configure()
-    # For the render process: threads that spin while they wait cost a busy machine three times the seconds.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     settings = RenderSettings(
         models_dir=str(models_dir.resolve()),
         miniatures_dir=str(miniatures_dir.resolve()),

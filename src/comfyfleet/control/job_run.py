@@ -193,37 +193,29 @@ class JobRun:
                 "details": {"worker_ids": sorted(self._job.lost_on | {worker_id})},
             }
             return await self._finish(JobStatus.FAILED, None, msgspec.json.encode(error).decode())
-        now = self._clock.now()
         reason = f"worker {worker_id} was lost ({why})"
-        is_ours = await self._saved(
-            partial(
-                self._store.requeue,
-                self._job.id,
-                token=self._token,
-                lost_worker=worker_id,
-                not_before=now,
-                reason=reason,
-                now=now,
-            )
-        )
-        if not is_ours:
+        if not await self._requeue(reason, lost_worker=worker_id, wait_s=0.0):
             return RunOutcome(job=self._job, status=None, reason="the lease was lost")
         return RunOutcome(job=self._job, status=None, reason=reason, is_left_behind=True)
 
     async def _give_back(self, reason: str, after_s: float) -> RunOutcome:
+        await self._requeue(reason, lost_worker=None, wait_s=max(GIVEN_BACK_S, after_s))
+        return RunOutcome(job=self._job, status=None, reason=reason)
+
+    async def _requeue(self, reason: str, *, lost_worker: int | None, wait_s: float) -> bool:
+        """Put the job back into the queue, not to be tried before `wait_s`; False when the lease was no longer ours."""
         now = self._clock.now()
-        await self._saved(
+        return await self._saved(
             partial(
                 self._store.requeue,
                 self._job.id,
                 token=self._token,
-                lost_worker=None,
-                not_before=now + max(GIVEN_BACK_S, after_s),
+                lost_worker=lost_worker,
+                not_before=now + wait_s,
                 reason=reason,
                 now=now,
             )
         )
-        return RunOutcome(job=self._job, status=None, reason=reason)
 
     async def _finish(self, status: JobStatus, result: str | None, error: str | None) -> RunOutcome:
         now, is_ours = self._clock.now(), False
