@@ -108,7 +108,7 @@ async def test_starting_a_worker_that_does_not_exist_is_refused(fleet):
 
 async def test_logs_are_the_last_lines_and_nothing_for_a_stranger(fleet):
     await fleet.create(spec(1))
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         while not await fleet.logs(1, 10):  # noqa: ASYNC110 - the process writes them
             await anyio.sleep(0.05)
 
@@ -120,7 +120,7 @@ async def test_logs_are_the_last_lines_and_nothing_for_a_stranger(fleet):
 async def test_a_local_worker_that_ends_by_itself_is_seen_with_its_exit_code(tmp_path):
     fleet = local_fleet(tmp_path)
     await fleet.create(spec(1, CRASH="1"))
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         while await presence(fleet, 1) is Presence.RUNNING:  # noqa: ASYNC110
             await anyio.sleep(0.05)
 
@@ -133,7 +133,7 @@ async def test_a_local_worker_that_ends_by_itself_is_seen_with_its_exit_code(tmp
 async def test_a_stubborn_local_worker_and_its_engine_are_gone_after_a_stop(tmp_path):
     fleet = local_fleet(tmp_path)
     await fleet.create(spec(1, STUBBORN="1"))
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         while "hello" not in await fleet.logs(1, 5):  # noqa: ASYNC110
             await anyio.sleep(0.05)
     family = owned(tmp_path / "workers" / "1")

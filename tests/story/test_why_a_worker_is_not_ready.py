@@ -62,7 +62,7 @@ def test_a_provisioning_script_that_fails_is_never_ready(tmp_path: Path):
 
     with OneWorker(tmp_path, PROVISIONING_SCRIPT=str(script)) as fleet:
         row = fleet.row_when(lambda row: row["error_msg"])
-        log = next((tmp_path / "control" / "workers").glob("*/logs/model.log")).read_text()
+        log = fleet.model_log_with("[ERROR]")
 
     assert row["status"] == "error"
     assert row["error_msg"] == "provisioning: the provisioning script ended with code 7: no such bucket"
@@ -76,7 +76,7 @@ def test_a_provisioning_script_by_url_runs_before_the_engine_does(tmp_path: Path
         url = server.add("/provision.sh", Hosted(content, content_type="text/x-shellscript"))
         with OneWorker(tmp_path, PROVISIONING_SCRIPT=url) as fleet:
             row = fleet.row_when(lambda row: row["status"] in ("idle", "error"))
-            log = next((tmp_path / "control" / "workers").glob("*/logs/model.log")).read_text()
+            log = fleet.model_log_with("BACKENDS_READY")
             marker = next((tmp_path / "control" / "workers").glob("*/marker")).read_text()
 
     assert row["error_msg"] == ""
@@ -115,11 +115,11 @@ def test_a_worker_shows_how_far_its_downloads_are_and_then_serves(tmp_path: Path
         f'sha256 = "{Hosted(content).sha256}"\n'
     )
     with model_server() as server:
-        server.add("/o/r/resolve/main/own.safetensors", Hosted(content, bytes_per_s=1_000_000))
+        server.add("/o/r/resolve/main/own.safetensors", Hosted(content, bytes_per_s=600_000))
         with OneWorker(tmp_path, str(own), HF_ENDPOINT=server.base) as fleet:
             loading = fleet.row_when(lambda row: "%" in row["stage_detail"])
             ready = fleet.row_when(lambda row: row["status"] == "idle")
-            logs = next((tmp_path / "control" / "workers").glob("*/logs/model.log")).read_text()
+            logs = fleet.model_log_with("BACKENDS_READY")
 
         assert (loading["status"], loading["stage"]) == ("loading", "provisioning")
         assert loading["stage_detail"].startswith("downloading 1 of 1, ")

@@ -39,7 +39,19 @@ class OneWorker:
     def __exit__(self, *_: object) -> None:
         self.plane.close()
 
-    def row_when(self, wanted, limit_s: float = 40.0) -> dict:
+    def model_log_with(self, text: str, limit_s: float = 60.0) -> str:
+        """The log that foreign agents wait on, once it holds `text`: it is written a moment after the worker's state."""
+        until = time.monotonic() + limit_s
+        log = ""
+        while time.monotonic() < until:
+            for path in (self.plane.folder / "workers").glob("*/logs/model.log"):
+                log = path.read_text()
+                if text in log:
+                    return log
+            time.sleep(0.1)
+        raise AssertionError(f"no {text!r} in {log!r}")
+
+    def row_when(self, wanted, limit_s: float = 90.0) -> dict:
         """The worker's row, once `wanted(row)`."""
         until = time.monotonic() + limit_s
         rows: list[dict] = []

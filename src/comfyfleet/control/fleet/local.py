@@ -34,6 +34,7 @@ log = structlog.get_logger()
 FOLDER_VARIABLE = "COMFYFLEET_WORKER_DIR"
 _LOG_ROTATE_BYTES = 20 * 1024 * 1024
 _POLL_S = 0.05
+_REAP_S = 5.0
 
 
 class LocalRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,7 +84,10 @@ class LocalFleet:
         return self._settings.slots
 
     async def list(self) -> list[FleetWorker]:
-        return [self._seen(record) for record in self._records()]
+        records = self._records()
+        for record in records:
+            await self._reaped(record)
+        return [self._seen(record) for record in records]
 
     async def create(self, spec: WorkerSpec) -> None:
         async with self._lock:
@@ -207,6 +211,14 @@ class LocalFleet:
             ):
                 return process
         return None
+
+    async def _reaped(self, record: LocalRecord) -> None:
+        """A child that has just ended: its exit code arrives through the event loop, a moment after its process went."""
+        child = self._children.get(record.id)
+        if child is None or child.pid != record.pid or child.returncode is not None or self._process(record) is not None:
+            return
+        with anyio.move_on_after(_REAP_S):
+            await child.wait()
 
     def _seen(self, record: LocalRecord) -> FleetWorker:
         if not record.pid:
