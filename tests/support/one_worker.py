@@ -40,7 +40,7 @@ class OneWorker:
         self.plane.close()
 
     def model_log_with(self, text: str, limit_s: float = 60.0) -> str:
-        """The log that foreign agents wait on, once it holds `text`: it is written a moment after the worker's state."""
+        """The log that foreign agents wait on, once it holds `text`: written just after the worker's state."""
         until = time.monotonic() + limit_s
         log = ""
         while time.monotonic() < until:

@@ -213,9 +213,14 @@ class LocalFleet:
         return None
 
     async def _reaped(self, record: LocalRecord) -> None:
-        """A child that has just ended: its exit code arrives through the event loop, a moment after its process went."""
+        """A child that has just ended: its exit code arrives through the event loop, just after its process went."""
         child = self._children.get(record.id)
-        if child is None or child.pid != record.pid or child.returncode is not None or self._process(record) is not None:
+        if (
+            child is None
+            or child.pid != record.pid
+            or child.returncode is not None
+            or self._process(record) is not None
+        ):
             return
         with anyio.move_on_after(_REAP_S):
             await child.wait()
