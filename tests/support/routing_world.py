@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import anyio
+import msgspec
 
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.keys import Keyring
 from comfyfleet.control.placements import TakeRequest
 from comfyfleet.control.plane import RoutingPlane
 from comfyfleet.control.records import Endpoint, Workergroup
+from comfyfleet.control.search import parse_search
 from comfyfleet.control.store.store import open_sqlite
 from comfyfleet.ids import SeededIds
 from comfyfleet.testing.clock import FakeClock
@@ -66,6 +68,11 @@ class RoutingWorld:
     def change_endpoint(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.catalog.put_endpoint(endpoint)
+
+    def search(self, text: str) -> None:
+        """The group's `search_params` from now on."""
+        self.group = msgspec.structs.replace(self.group, search_params=text, search_query=parse_search(text))
+        self.catalog.put_workergroup(self.group)
 
     async def tick(self, seconds: float = 1.0) -> None:
         self.clock.jump(seconds)

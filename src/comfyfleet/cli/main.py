@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "engine": ("comfyfleet.cli.engine", "Run the embedded engine, which speaks ComfyUI's protocol."),
     "endpoint": ("comfyfleet.cli.endpoint", "List, create, change and delete endpoints."),
     "workergroup": ("comfyfleet.cli.workergroup", "List, create, change and delete workergroups."),
+    "fleet": ("comfyfleet.cli.fleet", "Machines: what there is, what runs where, what happened."),
     "key": ("comfyfleet.cli.key", "Make, list and revoke API keys."),
     "env": ("comfyfleet.cli.env", "Account variables given to every worker that starts."),
     "jobs": ("comfyfleet.cli.jobs", "Submit, list, follow and cancel durable jobs."),

@@ -24,7 +24,7 @@ from starlette.routing import Mount
 
 from comfyfleet.clock import Clock, SystemClock
 from comfyfleet.control.account import Account, WorkerEnvironment, built_in_templates
-from comfyfleet.control.api import account, certificates, endpoints, insight, templates, workergroups
+from comfyfleet.control.api import account, certificates, endpoints, fleet, insight, templates, workergroups
 from comfyfleet.control.api.calling import ERROR_HANDLERS, Caller
 from comfyfleet.control.api.jobs import JobApi
 from comfyfleet.control.catalog import Catalog
@@ -200,6 +200,7 @@ def build(control: Control) -> Starlette:
             caller=caller,
         )
     )
+    api.include_router(fleet.router(provider=control.routing.provider, workers=workers, caller=caller))
     jobs = JobApi(
         plane=control.durable,
         store=control.store,

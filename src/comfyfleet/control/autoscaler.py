@@ -187,9 +187,14 @@ def _repairs(frame: Frame) -> list[Action]:
         is_needed = not frame.suffices(frame.active) or len(inputs.workers) <= inputs.policy.cold_workers
         if worker.failures >= MAX_FAILURES or (not is_needed and inputs.now - worker.state_since > UNNEEDED_S):
             actions.append(Action(verb=Verb.DESTROY, group_id=worker.group_id, worker_id=worker.id))
-        elif is_needed and inputs.now - worker.state_since >= 2.0 * 2**worker.failures and may_start(inputs):
+        elif is_needed and inputs.now - worker.state_since >= _pause_s(worker.failures) and may_start(inputs):
             actions.append(Action(verb=Verb.REBOOT, group_id=worker.group_id, worker_id=worker.id))
     return actions
+
+
+def _pause_s(failures: int) -> float:
+    """0 failures: it lost its machine, which is no fault of its own."""
+    return 2.0 * 2**failures if failures else 0.0
 
 
 def _over_cap(frame: Frame) -> list[Action]:

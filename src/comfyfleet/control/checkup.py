@@ -23,6 +23,8 @@ def ailment(worker: Worker, present: FleetWorker | None, *, has_provider: bool, 
     if has_provider and not worker.is_foreign:
         if present is None:
             return "the fleet provider does not know this worker any more"
+        if present.presence is Presence.LOST:
+            return f"its node is gone: {present.detail or 'no reason known'}"
         if present.presence is Presence.EXITED:
             return f"its process ended: {present.detail or 'no reason known'}"
         if present.presence is Presence.STOPPED and worker.state in ACTIVE:

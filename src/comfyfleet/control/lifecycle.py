@@ -17,13 +17,14 @@ import structlog
 from comfyfleet.clock import Clock
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.desk import Desk
-from comfyfleet.control.fleet.base import FleetProvider, FleetWorker, Presence, WorkerSpec
+from comfyfleet.control.fleet.base import FleetProvider, FleetWorker, NoCapacity, Presence, WorkerSpec
+from comfyfleet.control.fleet.needs import gpu_ram_wanted, gpus_wanted
 from comfyfleet.control.records import Endpoint, Workergroup, WorkerRow
 from comfyfleet.control.scaling import Action, Verb
 from comfyfleet.control.scores import Scores
 from comfyfleet.control.store.base import Store
 from comfyfleet.control.worker import Worker
-from comfyfleet.control.worker_states import ACTIVE, INACTIVE, WorkerState
+from comfyfleet.control.worker_states import ACTIVE, INACTIVE, WORKER_TRANSITIONS, WorkerState
 from comfyfleet.control.workers import Workers
 from comfyfleet.ids import Ids
 from comfyfleet.wire.errors import FleetError
@@ -72,6 +73,7 @@ class Lifecycle:
         self._ids = ids
         self._tasks: anyio.abc.TaskGroup | None = None
         self._under_way: set[int] = set()
+        self.on_no_capacity: Callable[[int, str], None] = lambda endpoint_id, why: None
 
     def attach(self, tasks: anyio.abc.TaskGroup) -> None:
         """The task group that owns slow provider calls."""
@@ -226,8 +228,27 @@ class Lifecycle:
         worker = self._workers.get(worker_id)
         if worker is None or self._provider is None:
             return
+        # Written down before it runs: a control plane that is killed here would refuse what it started itself.
+        await self._store.put(worker_row(worker))
         await self._provider.stop(worker_id)
-        await self._provider.start(self._spec(worker))
+        try:
+            await self._provider.start(self._spec(worker))
+        except NoCapacity as error:
+            self._without_room(worker_id, error.message)
+
+    def _without_room(self, worker_id: int, why: str) -> None:
+        """No machine has room for it: no failure of the worker, which waits as it was."""
+        worker, now = self._workers.get(worker_id), self._clock.now()
+        if worker is None:
+            return
+        self.on_no_capacity(worker.endpoint_id, why)
+        if WorkerState.STOPPING in WORKER_TRANSITIONS[worker.state]:
+            self._workers.move(worker_id, WorkerState.STOPPING, now)
+            self._workers.move(worker_id, WorkerState.STOPPED, now)
+        elif worker.state in ACTIVE:
+            self._workers.change(worker_id, now, error_msg=why)
+            self._workers.move(worker_id, WorkerState.ERROR, now)
+            self._workers.change(worker_id, now, failures=worker.failures)
 
     async def _stop(self, worker_id: int) -> None:
         if self._provider is not None:
@@ -246,9 +267,14 @@ class Lifecycle:
         endpoint = self._catalog.endpoint(worker.endpoint_id)
         group = self._catalog.workergroup(worker.group_id)
         known = endpoint is not None and group is not None
+        search = group.search_query if group is not None else {}
         return WorkerSpec(
             id=worker.id,
             mtoken=worker.mtoken,
             incarnation=worker.incarnation,
             environment=dict(self._environment(endpoint, group)) if known and endpoint and group else {},
+            search_params=group.search_params if group is not None else "",
+            search=search,
+            gpu_ram_gb=gpu_ram_wanted(search),
+            num_gpus=gpus_wanted(search),
         )

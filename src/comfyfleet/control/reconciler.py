@@ -19,7 +19,7 @@ from comfyfleet.control.autoscaler import decide
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.checkup import ailment
 from comfyfleet.control.desk import Desk
-from comfyfleet.control.fleet.base import FleetProvider, FleetWorker, NoCapacity
+from comfyfleet.control.fleet.base import FleetProvider, FleetWorker, NoCapacity, Presence
 from comfyfleet.control.lifecycle import Lifecycle, worker_row
 from comfyfleet.control.records import DecisionRow, Endpoint, LogRow, WorkerRow
 from comfyfleet.control.scaling import (
@@ -73,6 +73,7 @@ class Reconciler:
         self._group_perf: dict[int, float] = {}
         self._kicked = anyio.Event()
         self._pass = 0
+        lifecycle.on_no_capacity = self._note_no_capacity
 
     def kick(self) -> None:
         """Look again at once."""
@@ -116,7 +117,12 @@ class Reconciler:
                 before = worker.state
                 lost = self._workers.load(worker.id).clear()
                 self._workers.change(worker.id, now, error_msg=problem)
+                failures = worker.failures
                 worker = self._workers.move(worker.id, WorkerState.ERROR, now)
+                if (seen := present.get(worker.id)) is not None and seen.presence is Presence.LOST:
+                    worker = self._workers.change(
+                        worker.id, now, failures=failures
+                    )  # not its fault: started again at once
                 self._desk.lost(worker.id, lost)
                 log.warning("worker.failed", worker=worker.id, why=problem)
             if worker.perf:
@@ -127,7 +133,7 @@ class Reconciler:
 
     def _learn(self, worker: Worker, before: WorkerState, now: float) -> None:
         memory = self._memories.get(worker.endpoint_id, Memory())
-        if worker.state is WorkerState.ERROR and before in BOOTING:
+        if worker.state is WorkerState.ERROR and before in BOOTING and worker.failures:
             memory = breaker.note_failed_start(memory, worker.error_msg, now)
         elif worker.state is WorkerState.IDLE and before in BOOTING and worker.started_at:
             was_wake = before in (WorkerState.STARTING, WorkerState.UPDATE_STARTING)
@@ -207,8 +213,11 @@ class Reconciler:
             else:
                 await self._lifecycle.apply(action)
         except NoCapacity as error:
-            memory = self._memories[endpoint.id]
-            self._memories[endpoint.id] = breaker.note_no_capacity(memory, error.message, self._clock.now())
+            self._note_no_capacity(endpoint.id, error.message)
+
+    def _note_no_capacity(self, endpoint_id: int, why: str) -> None:
+        memory = self._memories.get(endpoint_id, Memory())
+        self._memories[endpoint_id] = breaker.note_no_capacity(memory, why, self._clock.now())
 
     async def _record(self, endpoint: Endpoint, inputs: ScalingInputs, decision: Decision) -> None:
         now = inputs.now

@@ -42,7 +42,7 @@ class Reports:
         self._kick = kick
 
     def status(self, report: WorkerStatusReport) -> None:
-        """Raises Unauthorized; nothing has changed then."""
+        """Raises Unauthorized, Fenced; nothing has changed then."""
         folded = self._workers.report(report, self._clock.now())
         before, after = folded.before, folded.after
         for result in report.results:
@@ -59,8 +59,8 @@ class Reports:
         self._desk.heard(folded, report.working_request_idxs)
 
     def finished(self, report: FinishedRequests) -> None:
-        """Raises Unauthorized; unknown tickets are ignored, repeats change nothing."""
-        worker = self._workers.authenticate(report.worker_id, report.mtoken)
+        """Raises Unauthorized, Fenced; unknown tickets are ignored, repeats change nothing."""
+        worker = self._workers.fenced(report.worker_id, report.mtoken, report.incarnation)
         load = self._workers.load(worker.id)
         for entry in finished_entries(report):
             booking = load.booking(entry.request_idx)

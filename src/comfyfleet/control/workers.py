@@ -14,7 +14,7 @@ import msgspec
 from comfyfleet.control.load import Booking, WorkerLoad
 from comfyfleet.control.worker import SILENT_AFTER_S, Worker, fold_report, is_routable, listed, to_state
 from comfyfleet.control.worker_states import WorkerState
-from comfyfleet.wire.errors import NotFound, Unauthorized
+from comfyfleet.wire.errors import Fenced, NotFound, Unauthorized
 from comfyfleet.wire.workers import WorkerStatusReport
 
 QUARANTINE_FIRST_S = 10.0
@@ -123,9 +123,19 @@ class Workers:
             raise Unauthorized("this worker id and token are not known", worker_id=worker_id)
         return worker
 
+    def fenced(self, worker_id: int, mtoken: str, incarnation: str) -> Worker:
+        """The worker, if this is its token and its present life. Raises Unauthorized or Fenced: nothing has changed.
+
+        Workers of other makes name no incarnation; theirs cannot be told apart.
+        """
+        worker = self.authenticate(worker_id, mtoken)
+        if incarnation and worker.incarnation and incarnation != worker.incarnation and not worker.is_foreign:
+            raise Fenced("this worker was started again elsewhere; this life of it is over", worker_id=worker_id)
+        return worker
+
     def report(self, report: WorkerStatusReport, now: float) -> Folded:
-        """Fold a worker's report in. Raises Unauthorized."""
-        before = self.authenticate(report.id, report.mtoken)
+        """Fold a worker's report in. Raises Unauthorized, Fenced."""
+        before = self.fenced(report.id, report.mtoken, report.incarnation)
         after = fold_report(before, report, now)
         load = self._loads[report.id]
         adopted = load.reconcile(

@@ -5,8 +5,10 @@ A test plays the workers itself (it reports for them), or uses `exit` to let one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from comfyfleet.clock import Clock
-from comfyfleet.control.fleet.base import FleetWorker, NoCapacity, Presence, WorkerSpec
+from comfyfleet.control.fleet.base import FleetEvent, FleetNode, FleetWorker, NoCapacity, Presence, WorkerSpec
 from comfyfleet.wire.errors import NotFound
 
 Workers = list[FleetWorker]
@@ -21,6 +23,7 @@ class FakeFleet:
         self._workers: dict[int, FleetWorker] = {}
         self.specs: dict[int, WorkerSpec] = {}
         self.calls: list[tuple[str, int]] = []
+        self.trouble = ""
 
     @property
     def capacity(self) -> int | None:
@@ -28,6 +31,12 @@ class FakeFleet:
 
     async def list(self) -> Workers:
         return [*self._workers.values()]
+
+    async def nodes(self) -> Sequence[FleetNode]:
+        return [FleetNode(name="fake", address="127.0.0.1", is_alive=True, gpus=self._slots)]
+
+    def events(self) -> Sequence[FleetEvent]:
+        return []
 
     async def create(self, spec: WorkerSpec) -> None:
         if spec.id in self._workers:
@@ -75,6 +84,10 @@ class FakeFleet:
             started_at=found.started_at,
             detail=f"exited with code {code}",
         )
+
+    def lose(self, worker_id: int) -> None:
+        """Its node is gone."""
+        self._workers[worker_id] = FleetWorker(id=worker_id, presence=Presence.LOST, detail="its node is gone")
 
     def _run(self, spec: WorkerSpec) -> None:
         self.specs[spec.id] = spec

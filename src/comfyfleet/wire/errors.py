@@ -7,6 +7,7 @@ FleetError
 ├── Forbidden 403 · a good key without the right
 ├── NotFound 404
 ├── Gone 409 · the thing joined went away
+├── Fenced 410 · this life of the worker is over
 ├── SessionGone 410
 ├── PayloadTooLarge 413
 ├── Unprocessable 422 · no retry can help
@@ -87,6 +88,12 @@ class Gone(FleetError):
     """What this request joined went away before it ended."""
 
     code, status = "gone", 409
+
+
+class Fenced(FleetError):
+    """This life of the worker is over: another has taken its name. It must end itself."""
+
+    code, status = "fenced", 410
 
 
 class SessionGone(FleetError):

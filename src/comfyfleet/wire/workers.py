@@ -65,3 +65,4 @@ class FinishedRequests(msgspec.Struct, frozen=True, kw_only=True):
     requests: tuple[FinishedRequest, ...] = ()
     request_idxs: tuple[int, ...] = ()
     success: bool = True
+    incarnation: str = ""  # ours

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -184,6 +184,11 @@ async def serve(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cloc
         gc.freeze()
         log.info("worker.listening", host=settings.wrapper.host, port=listener.getsockname()[1])
         fleet = agent_settings(env)
+
+        def end_this_life() -> None:
+            log.error("worker.fenced", why="this worker was started again elsewhere; this process ends")
+            server.should_exit = True
+
         async with anyio.create_task_group() as members:
             members.start_soon(stop_on_signal, server, name="signals")
             foreign = pyworker_settings(env)
@@ -194,16 +199,24 @@ async def serve(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cloc
                     machine=worker.machine,
                     folder=settings.folders.worker_dir,
                     env=env,
+                    on_fenced=end_this_life,
                     clock=clock,
                 )
                 members.start_soon(pyworker.run, name="pyworker")
             elif fleet is not None:
-                members.start_soon(_agent(fleet, settings, worker, clock, ids).run, name="agent")
+                members.start_soon(_agent(fleet, settings, worker, end_this_life, clock, ids).run, name="agent")
             await server.serve(sockets=[listener])
             members.cancel_scope.cancel()
 
 
-def _agent(fleet: AgentSettings, settings: WorkerSettings, worker: Worker, clock: Clock, ids: Ids) -> Agent:
+def _agent(
+    fleet: AgentSettings,
+    settings: WorkerSettings,
+    worker: Worker,
+    on_fenced: Callable[[], None],
+    clock: Clock,
+    ids: Ids,
+) -> Agent:
     wrapper = settings.wrapper
     return Agent(
         fleet,
@@ -218,6 +231,7 @@ def _agent(fleet: AgentSettings, settings: WorkerSettings, worker: Worker, clock
         folders=AgentFolders(worker_dir=settings.folders.worker_dir, output_dir=settings.folders.output_dir),
         machine=worker.machine,
         max_body_bytes=wrapper.max_body_bytes,
+        on_fenced=on_fenced,
         clock=clock,
         ids=ids,
     )

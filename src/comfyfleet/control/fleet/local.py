@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -21,15 +22,13 @@ import anyio
 import anyio.abc
 import msgspec
 import psutil
-import structlog
 
 from comfyfleet.clock import Clock
-from comfyfleet.control.fleet.base import FleetWorker, NoCapacity, Presence, WorkerSpec
+from comfyfleet.control.fleet.base import FleetEvent, FleetNode, FleetWorker, NoCapacity, Presence, WorkerSpec
+from comfyfleet.control.fleet.events import EventLog
 from comfyfleet.control.fleet.slots import Slot, find_slot
 from comfyfleet.settings.machine import OWNER_VARIABLE
 from comfyfleet.wire.errors import NotFound
-
-log = structlog.get_logger()
 
 FOLDER_VARIABLE = "COMFYFLEET_WORKER_DIR"
 _LOG_ROTATE_BYTES = 20 * 1024 * 1024
@@ -78,6 +77,7 @@ class LocalFleet:
         self._folder = settings.data_dir / "workers"
         self._children: dict[int, anyio.abc.Process] = {}
         self._lock = anyio.Lock()
+        self._events = EventLog(clock)
 
     @property
     def capacity(self) -> int | None:
@@ -88,6 +88,28 @@ class LocalFleet:
         for record in records:
             await self._reaped(record)
         return [self._seen(record) for record in records]
+
+    @property
+    def trouble(self) -> str:
+        return ""
+
+    async def nodes(self) -> Sequence[FleetNode]:
+        records = self._records()
+        running = sum(self._process(record) is not None for record in records)
+        slots = self._settings.slots
+        return [
+            FleetNode(
+                name=platform.node(),
+                address=self._settings.public_address,
+                is_alive=True,
+                gpus=slots,
+                free_gpus=max(0, slots - running),
+                workers=tuple(record.id for record in records),
+            )
+        ]
+
+    def events(self) -> Sequence[FleetEvent]:
+        return self._events.all()
 
     async def create(self, spec: WorkerSpec) -> None:
         async with self._lock:
@@ -120,6 +142,7 @@ class LocalFleet:
             return
         await self._end(record, grace_s)
         self._write(msgspec.structs.replace(record, pid=0, process_started=0.0, exit_code=None))
+        self._events.add("worker.stopped", "its folder is kept", worker_id=worker_id)
 
     async def drain(self, worker_id: int) -> None:
         """Nothing to tell a local process: `stop` sends SIGTERM, which our worker takes as "finish, then end"."""
@@ -130,6 +153,7 @@ class LocalFleet:
             await self._end(record, grace_s)
         folder = self._folder / str(worker_id)
         await anyio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
+        self._events.add("worker.destroyed", "its folder is removed", worker_id=worker_id)
 
     async def logs(self, worker_id: int, tail: int) -> str:
         path = self._folder / str(worker_id) / "worker.log"
@@ -171,7 +195,7 @@ class LocalFleet:
         self._write(
             msgspec.structs.replace(record, pid=process.pid, process_started=started, started_at=self._clock.now())
         )
-        log.info("worker.started", worker=record.id, pid=process.pid, port=record.slot.agent, folder=str(folder))
+        self._events.add("worker.started", f"pid {process.pid}, port {record.slot.agent}", worker_id=record.id)
 
     def _environment(self, slot: Slot, folder: Path, spec: WorkerSpec) -> dict[str, str]:
         address, data_dir = self._settings.public_address, self._settings.data_dir

@@ -7,6 +7,7 @@ help; the process stays up, so that a user can read why.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,10 +75,12 @@ class Agent:
         folders: AgentFolders,
         machine: Machine,
         max_body_bytes: int,
+        on_fenced: Callable[[], None],
         clock: Clock,
         ids: Ids,
     ) -> None:
         self._settings = settings
+        self._on_fenced = on_fenced
         self._service = service
         self._folders = folders
         self._machine = machine
@@ -113,9 +116,11 @@ class Agent:
                     report_urls=self._settings.report_urls,
                     worker_id=self._settings.worker_id,
                     mtoken=self._settings.mtoken,
+                    incarnation=self._settings.incarnation,
                 ),
                 book=self._book,
                 describe=self._describe,
+                on_fenced=self._on_fenced,
                 session=session,
                 clock=self._clock,
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from comfyfleet.provision.checkout import checkout, make_venv
 from comfyfleet.provision.template import find_template
 from comfyfleet.settings.agent import AgentSettings
 from comfyfleet.settings.pyworker import PyworkerSettings
-from comfyfleet.wire.errors import FleetError, NotFound, ProvisionFailed
+from comfyfleet.wire.errors import Fenced, FleetError, NotFound, ProvisionFailed
 from comfyfleet.wire.workers import WorkerStatusReport
 from comfyfleet.worker.agent.reporter import TIMEOUT
 from comfyfleet.worker.agent.startup import Stage
@@ -47,6 +47,7 @@ class Pyworker:
     machine: Machine
     folder: Path
     env: Mapping[str, str]
+    on_fenced: Callable[[], None]
     clock: Clock
 
     async def run(self) -> None:
@@ -161,5 +162,7 @@ class Pyworker:
                 ) as answer:
                     if answer.status // 100 == 2:
                         return
+                    if answer.status == Fenced.status:
+                        self.on_fenced()
             except (aiohttp.ClientError, OSError, TimeoutError) as problem:
                 log.debug("report.failed", why=str(problem) or type(problem).__name__)

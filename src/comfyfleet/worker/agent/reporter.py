@@ -15,6 +15,7 @@ import msgspec
 import structlog
 
 from comfyfleet.clock import Clock
+from comfyfleet.wire.errors import Fenced
 from comfyfleet.wire.workers import FinishedRequests, WorkerStatusReport
 from comfyfleet.worker.agent.load_book import LoadBook, LoadSums
 
@@ -37,6 +38,7 @@ class ReportTarget:
     report_urls: tuple[str, ...]
     worker_id: int
     mtoken: str
+    incarnation: str
 
 
 class Reporter:
@@ -48,12 +50,15 @@ class Reporter:
         *,
         book: LoadBook,
         describe: Callable[[LoadSums], WorkerStatusReport],
+        on_fenced: Callable[[], None],
         session: aiohttp.ClientSession,
         clock: Clock,
     ) -> None:
+        """on_fenced: another has taken this worker's name, as a control plane says; nothing more is to be served."""
         self._target = target
         self._book = book
         self._describe = describe
+        self._on_fenced = on_fenced
         self._session = session
         self._clock = clock
         self._wake = anyio.Event()
@@ -84,7 +89,12 @@ class Reporter:
             self._last_at = now
         finished = self._book.unreported()
         if finished:
-            body = FinishedRequests(worker_id=self._target.worker_id, mtoken=self._target.mtoken, requests=finished)
+            body = FinishedRequests(
+                worker_id=self._target.worker_id,
+                mtoken=self._target.mtoken,
+                requests=finished,
+                incarnation=self._target.incarnation,
+            )
             if await self._post("/delete_requests/", body):
                 self._book.reported(finished)
 
@@ -99,6 +109,8 @@ class Reporter:
                     if answer.status // 100 == 2:
                         return True
                     log.warning("report.refused", path=path, status=answer.status)
+                    if answer.status == Fenced.status:
+                        self._on_fenced()
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
                 log.debug("report.failed", path=path, why=str(error) or type(error).__name__)
         return False
