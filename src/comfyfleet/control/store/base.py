@@ -6,6 +6,8 @@ into the row. Every later change by the holder is guarded by that token: no row 
 the caller drops what it had. An expired lease is still the holder's until somebody takes it; `take_over` and `requeue`
 change the token, so there is never more than one holder.
 **Isolation.** A method is one transaction; no I/O of the caller's happens inside.
+**Fences.** Where several control planes share the database, a write that only an endpoint's owner may make carries its
+fence, compared in the same transaction: an owner of yesterday writes nothing (Fenced). None: there is only one.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from comfyfleet.control.jobs import Job, JobEvent, JobFilter, JobHead, Lease, Waiting
+from comfyfleet.control.ownership import Fence, Replica, Roll
 from comfyfleet.control.records import (
     AccountVariable,
     ApiKey,
@@ -64,11 +67,15 @@ class Store(Protocol):
         """Every record of a kind, by id."""
         ...
 
-    async def put(self, record: Record) -> None:
+    async def get(self, kind: type[R], record_id: int | str) -> R | None:
+        """One record."""
+        ...
+
+    async def put(self, record: Record, *, fence: Fence | None = None) -> None:
         """Insert or replace. Raises NameTaken for an endpoint whose name another living one has."""
         ...
 
-    async def drop(self, kind: type[Record], record_id: int | str) -> None:
+    async def drop(self, kind: type[Record], record_id: int | str, *, fence: Fence | None = None) -> None:
         """Remove; nothing happens if it is not there."""
         ...
 
@@ -77,7 +84,7 @@ class Store(Protocol):
         ...
 
     # --- what happened -------------------------------------------------------------------------------------------
-    async def add_decision(self, decision: DecisionRow) -> None: ...
+    async def add_decision(self, decision: DecisionRow, *, fence: Fence | None = None) -> None: ...
 
     async def decisions(self, endpoint_id: int, *, limit: int = 100, before_id: int | None = None) -> list[DecisionRow]:
         """Newest first."""
@@ -122,7 +129,7 @@ class Store(Protocol):
         """The next job of a scope: smallest rank among those whose `not_before` has come."""
         ...
 
-    async def lease(self, lease: Lease) -> Job | None:
+    async def lease(self, lease: Lease, *, fence: Fence | None = None) -> Job | None:
         """Lease a waiting job; None if it is not waiting any more."""
         ...
 
@@ -130,7 +137,9 @@ class Store(Protocol):
         """Every job that some worker has, expired or not."""
         ...
 
-    async def take_over(self, job_id: str, *, old_token: str, token: str, expires_at: float) -> bool:
+    async def take_over(
+        self, job_id: str, *, old_token: str, token: str, expires_at: float, fence: Fence | None = None
+    ) -> bool:
         """Change the holder's token, the worker stays: what a restarted control plane does."""
         ...
 
@@ -178,4 +187,37 @@ class Store(Protocol):
 
     async def prune(self, finished_before: float) -> int:
         """Remove final jobs and their events older than that; how many."""
+        ...
+
+    # --- several control planes ----------------------------------------------------------------------------------
+    async def enrol(self, replica: Replica, lease_s: float) -> None:
+        """A new replica, under an id that nobody ever had."""
+        ...
+
+    async def attend(self, replica_id: str, lease_s: float) -> Roll:
+        """Renew one replica's lease if it stands, end those that are over, and say who owns what."""
+        ...
+
+    async def take(self, replica_id: str, wanted: Sequence[tuple[int, int]]) -> list[Fence]:
+        """Of (endpoint, fence seen; 0: none), those whose owner is off the roll and whose fence is still that one."""
+        ...
+
+    async def release(self, fences: Sequence[Fence]) -> None:
+        """Let endpoints go; nothing happens to those taken by others meanwhile."""
+        ...
+
+    async def leave(self, replica_id: str) -> None:
+        """Off the roll; what it owned is free at once."""
+        ...
+
+    async def records_version(self) -> int:
+        """Grows with every change of a record other than a worker's."""
+        ...
+
+    async def secret(self, name: str) -> str | None:
+        """A sealed secret that all replicas share."""
+        ...
+
+    async def agree_on_secret(self, name: str, sealed: str) -> str:
+        """The sealed secret that all share from now on: this one, if there was none."""
         ...

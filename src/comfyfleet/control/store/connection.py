@@ -17,7 +17,17 @@ class ConnectionLost(Exception):
 
 
 class Connection(Protocol):
-    """Two implementations: `sqlite.SqliteConnection` and `postgres.PostgresConnection`."""
+    """Two implementations: `sqlite.SqliteConnection` and `postgres.PostgresConnection`.
+
+    now: the database's clock as an expression, epoch seconds. share_lock: ends a SELECT whose rows must not change
+    before the transaction ends.
+    """
+
+    @property
+    def now(self) -> str: ...
+
+    @property
+    def share_lock(self) -> str: ...
 
     def rows(self, statement: str, params: Params) -> list[Row]:
         """Run and fetch all."""

@@ -8,9 +8,11 @@ from typing import Any
 import msgspec
 
 from comfyfleet.control.jobs import Job, JobEvent, JobFilter, JobHead, Lease, Waiting
+from comfyfleet.control.ownership import Fence
 from comfyfleet.control.store import sql
 from comfyfleet.control.store.base import Added
 from comfyfleet.control.store.connection import Connection, Row
+from comfyfleet.control.store.ownership_table import check_fence
 from comfyfleet.control.store.writer import Database
 from comfyfleet.wire.jobs import JobStatus
 
@@ -95,8 +97,9 @@ class JobTable:
         rows = await self._database.read(lambda connection: connection.rows(sql.HEAD, params), quick=True)
         return JobHead(**dict(zip(sql.HEAD_COLUMNS, rows[0], strict=True))) if rows else None
 
-    async def lease(self, lease: Lease) -> Job | None:
+    async def lease(self, lease: Lease, *, fence: Fence | None = None) -> Job | None:
         def work(connection: Connection) -> Job | None:
+            check_fence(connection, fence)
             rows = connection.rows(sql.LEASE, msgspec.structs.asdict(lease))
             if not rows:
                 return None
@@ -109,9 +112,16 @@ class JobTable:
     async def leased(self) -> list[Job]:
         return [_job(row) for row in await self._database.read(lambda connection: connection.rows(sql.LEASED, {}))]
 
-    async def take_over(self, job_id: str, *, old_token: str, token: str, expires_at: float) -> bool:
+    async def take_over(
+        self, job_id: str, *, old_token: str, token: str, expires_at: float, fence: Fence | None = None
+    ) -> bool:
         params = {"id": job_id, "old_token": old_token, "token": token, "expires_at": expires_at}
-        return await self._database.write(lambda connection: connection.change(sql.TAKE_OVER, params) == 1)
+
+        def work(connection: Connection) -> bool:
+            check_fence(connection, fence)
+            return connection.change(sql.TAKE_OVER, params) == 1
+
+        return await self._database.write(work)
 
     async def renew(self, job_id: str, *, token: str, expires_at: float) -> bool:
         params = {"id": job_id, "token": token, "expires_at": expires_at}

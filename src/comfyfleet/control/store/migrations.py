@@ -48,6 +48,12 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
              job_id TEXT NOT NULL, seq BIGINT NOT NULL, at DOUBLE PRECISION NOT NULL, kind TEXT NOT NULL,
              data TEXT NOT NULL, PRIMARY KEY (job_id, seq))""",
     ),
+    2: (
+        """CREATE TABLE replica (
+             id TEXT PRIMARY KEY, url TEXT NOT NULL, fleet TEXT NOT NULL, expires_at DOUBLE PRECISION NOT NULL)""",
+        """CREATE TABLE ownership (
+             endpoint_id BIGINT PRIMARY KEY, replica_id TEXT NOT NULL, fence BIGINT NOT NULL)""",
+    ),
 }
 LATEST = max(MIGRATIONS)
 

@@ -28,6 +28,9 @@ def _translated(statement: str) -> str:
 class PostgresConnection:
     """One connection, opened again after a loss."""
 
+    now = "extract(epoch FROM clock_timestamp())::double precision"  # not the transaction's beginning
+    share_lock = " FOR SHARE"
+
     def __init__(self, url: str, *, read_only: bool = False) -> None:
         self._url = url
         self._read_only = read_only

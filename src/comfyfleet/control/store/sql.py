@@ -23,6 +23,59 @@ RESERVE = """
 INSERT INTO counter (name, next) VALUES (:name, 1 + :count)
 ON CONFLICT (name) DO UPDATE SET next = counter.next + :count RETURNING next"""
 
+# bump: a counter grows by one.
+BUMP = """
+INSERT INTO counter (name, next) VALUES (:name, 1)
+ON CONFLICT (name) DO UPDATE SET next = counter.next + 1"""
+
+# counter: where one stands.
+COUNTER = "SELECT next FROM counter WHERE name = :name"
+
+# record: one of a kind.
+RECORD = "SELECT body FROM record WHERE kind = :kind AND id = :id"
+
+# --- replicas and what they own ({now}: the database's clock, epoch seconds) ------------------------------------------
+
+# enrol: a new control plane on the roll.
+ENROL = "INSERT INTO replica (id, url, fleet, expires_at) VALUES (:id, :url, :fleet, {now} + :lease_s)"
+
+# renew_replica: only a lease that stands can be renewed.
+RENEW_REPLICA = "UPDATE replica SET expires_at = {now} + :lease_s WHERE id = :id AND expires_at > {now}"
+
+# strike_off: leases that are over end here; what they owned is free.
+STRIKE_OFF = "DELETE FROM replica WHERE expires_at <= {now}"
+
+# roll: who is alive.
+ROLL = "SELECT id, url, fleet FROM replica ORDER BY id"
+
+# deeds: every endpoint's owner, dead ones included.
+DEEDS = "SELECT endpoint_id, replica_id, fence FROM ownership ORDER BY endpoint_id"
+
+# first_deed: an endpoint that nobody ever owned.
+FIRST_DEED = """
+INSERT INTO ownership (endpoint_id, replica_id, fence) VALUES (:endpoint_id, :replica_id, 1)
+ON CONFLICT (endpoint_id) DO NOTHING RETURNING fence"""
+
+# take_deed: one whose owner is off the roll, and that nobody took since it was looked at.
+TAKE_DEED = """
+UPDATE ownership SET replica_id = :replica_id, fence = fence + 1
+ WHERE endpoint_id = :endpoint_id AND fence = :seen
+   AND NOT EXISTS (SELECT 1 FROM replica WHERE replica.id = ownership.replica_id)
+RETURNING fence"""
+
+# release_deed: the owner lets go.
+RELEASE_DEED = "UPDATE ownership SET replica_id = '' WHERE endpoint_id = :endpoint_id AND fence = :fence"
+
+# leave: off the roll.
+LEAVE = "DELETE FROM replica WHERE id = :id"
+
+# hold_deed: the fence is still the endpoint's; with a share lock it stays so until the transaction ends.
+HOLD_DEED = "SELECT fence FROM ownership WHERE endpoint_id = :endpoint_id AND fence = :fence"
+
+# first_shared, shared: what all replicas share, sealed.
+FIRST_SHARED = "INSERT INTO record (kind, id, body) VALUES ('secret', :id, :body) ON CONFLICT DO NOTHING"
+SHARED = "SELECT body FROM record WHERE kind = 'secret' AND id = :id"
+
 # --- what happened ---------------------------------------------------------------------------------------------------
 
 # add_decision: a scaling decision with its inputs.

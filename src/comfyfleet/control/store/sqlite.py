@@ -12,6 +12,9 @@ from comfyfleet.control.store.connection import Params, Row
 class SqliteConnection:
     """A connection to one file."""
 
+    now = "((julianday('now') - 2440587.5) * 86400.0)"
+    share_lock = ""  # one writer at a time: nothing changes under a transaction
+
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._raw = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30.0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from comfyfleet.control.ownership import Fence
 from comfyfleet.control.records import (
     AccountVariable,
     ApiKey,
@@ -25,6 +26,7 @@ from comfyfleet.control.store.base import NameTaken, R, Record, UsageSum
 from comfyfleet.control.store.connection import Connection
 from comfyfleet.control.store.job_table import JobTable
 from comfyfleet.control.store.migrations import upgrade
+from comfyfleet.control.store.ownership_table import RECORDS, OwnershipTable, check_fence
 from comfyfleet.control.store.sqlite import SqliteConnection
 from comfyfleet.control.store.writer import Database
 
@@ -51,7 +53,7 @@ def _identity(record: Record) -> tuple[str, str | None]:
     return str(record.id), None
 
 
-class SqlStore(JobTable):
+class SqlStore(JobTable, OwnershipTable):
     """Implements `base.Store`."""
 
     def __init__(self, database: Database) -> None:
@@ -67,7 +69,12 @@ class SqlStore(JobTable):
         records = [msgspec.json.decode(row[0], type=kind) for row in rows]
         return sorted(records, key=lambda record: _sort_key(_identity(record)[0]))
 
-    async def put(self, record: Record) -> None:
+    async def get(self, kind: type[R], record_id: int | str) -> R | None:
+        params = {"kind": KIND[kind], "id": str(record_id)}
+        rows = await self._database.read(lambda connection: connection.rows(sql.RECORD, params), quick=True)
+        return msgspec.json.decode(rows[0][0], type=kind) if rows else None
+
+    async def put(self, record: Record, *, fence: Fence | None = None) -> None:
         record_id, name = _identity(record)
         params: dict[str, Any] = {
             "kind": KIND[type(record)],
@@ -77,15 +84,23 @@ class SqlStore(JobTable):
         }
 
         def work(connection: Connection) -> None:
+            check_fence(connection, fence)
             if name is not None and connection.rows(sql.NAME_HOLDER, params):
                 raise NameTaken(name)
             connection.change(sql.PUT_RECORD, params)
+            _note_change(connection, type(record))
 
         await self._database.write(work)
 
-    async def drop(self, kind: type[Record], record_id: int | str) -> None:
+    async def drop(self, kind: type[Record], record_id: int | str, *, fence: Fence | None = None) -> None:
         params = {"kind": KIND[kind], "id": str(record_id)}
-        await self._database.write(lambda connection: connection.change(sql.DROP_RECORD, params))
+
+        def work(connection: Connection) -> None:
+            check_fence(connection, fence)
+            connection.change(sql.DROP_RECORD, params)
+            _note_change(connection, kind)
+
+        await self._database.write(work)
 
     async def reserve(self, counter: str, count: int = 1) -> int:
         params = {"name": counter, "count": count}
@@ -94,8 +109,9 @@ class SqlStore(JobTable):
 
     # --- what happened -----------------------------------------------------------------------------------------------
 
-    async def add_decision(self, decision: DecisionRow) -> None:
+    async def add_decision(self, decision: DecisionRow, *, fence: Fence | None = None) -> None:
         def work(connection: Connection) -> None:
+            check_fence(connection, fence)
             connection.change(sql.ADD_DECISION, msgspec.structs.asdict(decision))
             if decision.id % 100 == 0:
                 params = {"endpoint_id": decision.endpoint_id, "keep": KEEP_DECISIONS}
@@ -144,6 +160,12 @@ class SqlStore(JobTable):
             connection.change_many(statement, numbered)
 
         await self._database.write(work)
+
+
+def _note_change(connection: Connection, kind: type[Record]) -> None:
+    """Other replicas keep these in memory."""
+    if kind is not WorkerRow:
+        connection.change(sql.BUMP, {"name": RECORDS})
 
 
 def _sort_key(record_id: str) -> tuple[int, str]:
