@@ -40,7 +40,9 @@ class _Connection(asyncio.Protocol):
         return await self._waiter
 
 
-async def _drive(port: int, make: Callable[[int], bytes], connections: int, seconds: float, rate: float) -> list[float]:
+async def _drive(
+    port: int, make: Callable[[int], bytes], connections: int, seconds: float, rate: float, status: bytes
+) -> list[float]:
     loop = asyncio.get_running_loop()
     lines = [(await loop.create_connection(_Connection, "127.0.0.1", port))[1] for _ in range(connections)]
     latencies: list[float] = []
@@ -56,9 +58,9 @@ async def _drive(port: int, make: Callable[[int], bytes], connections: int, seco
                 await asyncio.sleep(wait)
             if time.perf_counter() - began > seconds:
                 return
-            status = await line.call(make(number))
+            answered = await line.call(make(number))
             latencies.append(time.perf_counter() - due)
-            assert status == b"200", status
+            assert answered == status, answered
 
     async with asyncio.TaskGroup() as calls:
         for line in lines:
@@ -68,8 +70,16 @@ async def _drive(port: int, make: Callable[[int], bytes], connections: int, seco
     return latencies
 
 
-def drive(port: int, make: Callable[[int], bytes], *, connections: int = 16, seconds: float = 4.0, rate: float = 0.0):
+def drive(
+    port: int,
+    make: Callable[[int], bytes],
+    *,
+    connections: int = 16,
+    seconds: float = 4.0,
+    rate: float = 0.0,
+    status: bytes = b"200",
+):
     """(requests per second, latencies in seconds, each counted from when its request was due)."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        latencies = runner.run(_drive(port, make, connections, seconds, rate))
+        latencies = runner.run(_drive(port, make, connections, seconds, rate, status))
     return len(latencies) / seconds, latencies

@@ -9,25 +9,15 @@ import msgspec
 
 from comfyfleet.control.jobs import Job, JobEvent, JobFilter, JobHead, Lease, Waiting
 from comfyfleet.control.ownership import Fence
-from comfyfleet.control.store import sql
+from comfyfleet.control.store import batches, sql
 from comfyfleet.control.store.base import Added
+from comfyfleet.control.store.batches import Ending, NewEvent, job_of
 from comfyfleet.control.store.connection import Connection, Row
 from comfyfleet.control.store.ownership_table import check_fence
 from comfyfleet.control.store.writer import Database
 from comfyfleet.wire.jobs import JobStatus
 
 _FOREVER = 1e18
-
-
-def _job(row: Row) -> Job:
-    values: dict[str, Any] = dict(zip(sql.JOB_COLUMNS, row, strict=True))
-    values["status"] = JobStatus(values["status"])
-    return Job(**values)
-
-
-def _event(connection: Connection, job_id: str, kind: str, data: str, now: float) -> JobEvent:
-    rows = connection.rows(sql.ADD_EVENT, {"job_id": job_id, "at": now, "kind": kind, "data": data})
-    return JobEvent(job_id=job_id, seq=rows[0][0], at=now, kind=kind, data=data)
 
 
 def _json(**values: Any) -> str:
@@ -41,27 +31,11 @@ class JobTable:
         self._database = database
 
     async def add_jobs(self, jobs: Sequence[Job]) -> list[Added]:
-        params = [{name: getattr(job, name) for name in sql.JOB_COLUMNS} for job in jobs]
-
-        def work(connection: Connection) -> list[Added]:
-            added = []
-            for job, values in zip(jobs, params, strict=True):
-                if connection.change(sql.ADD_JOB, values):
-                    added.append(Added(job=job, is_repeat=False))
-                    continue
-                # Our own id is there already where a commit was done and its confirmation lost with the connection.
-                if connection.rows(sql.JOB_BY_ID, {"id": job.id}):
-                    added.append(Added(job=job, is_repeat=False))
-                    continue
-                known = connection.rows(sql.JOB_BY_KEY, {"scope": job.scope, "idempotency_key": job.idempotency_key})
-                added.append(Added(job=_job(known[0]), is_repeat=True))
-            return added
-
-        return await self._database.write(work)
+        return await self._database.write_batched(batches.add_jobs, jobs)
 
     async def job(self, job_id: str) -> Job | None:
         rows = await self._database.read(lambda connection: connection.rows(sql.JOB_BY_ID, {"id": job_id}), quick=True)
-        return _job(rows[0]) if rows else None
+        return job_of(rows[0]) if rows else None
 
     async def jobs(self, wanted: JobFilter) -> list[Job]:
         before_at, before_id = wanted.before or (_FOREVER, "")
@@ -77,7 +51,7 @@ class JobTable:
             "limit": wanted.limit,
         }
         return [
-            _job(row) for row in await self._database.read(lambda connection: connection.rows(sql.LIST_JOBS, params))
+            job_of(row) for row in await self._database.read(lambda connection: connection.rows(sql.LIST_JOBS, params))
         ]
 
     async def waiting(self) -> list[Waiting]:
@@ -103,14 +77,15 @@ class JobTable:
             rows = connection.rows(sql.LEASE, msgspec.structs.asdict(lease))
             if not rows:
                 return None
-            data = _json(worker_id=lease.worker_id, attempt=_job(rows[0]).attempts)
-            _event(connection, lease.job_id, "leased", data, lease.leased_at)
-            return _job(rows[0])
+            data = _json(worker_id=lease.worker_id, attempt=job_of(rows[0]).attempts)
+            event = NewEvent(job_id=lease.job_id, at=lease.leased_at, kind="leased", data=data)
+            batches.add_events(connection, [event])
+            return job_of(rows[0])
 
         return await self._database.write(work)
 
     async def leased(self) -> list[Job]:
-        return [_job(row) for row in await self._database.read(lambda connection: connection.rows(sql.LEASED, {}))]
+        return [job_of(row) for row in await self._database.read(lambda connection: connection.rows(sql.LEASED, {}))]
 
     async def take_over(
         self, job_id: str, *, old_token: str, token: str, expires_at: float, fence: Fence | None = None
@@ -124,30 +99,17 @@ class JobTable:
         return await self._database.write(work)
 
     async def renew(self, job_id: str, *, token: str, expires_at: float) -> bool:
-        params = {"id": job_id, "token": token, "expires_at": expires_at}
-        return await self._database.write(lambda connection: connection.change(sql.RENEW, params) == 1)
+        renewal = batches.Renewal(id=job_id, token=token, expires_at=expires_at)
+        return await self._database.write_batched(batches.renew, renewal)
 
     async def start(self, job_id: str, *, token: str, now: float) -> bool:
-        def work(connection: Connection) -> bool:
-            if connection.change(sql.START, {"id": job_id, "token": token, "now": now}) != 1:
-                return False
-            _event(connection, job_id, "running", "{}", now)
-            return True
-
-        return await self._database.write(work)
+        return await self._database.write_batched(batches.start, batches.Start(id=job_id, token=token, now=now))
 
     async def finish(
         self, job_id: str, *, token: str, status: JobStatus, result: str | None, error: str | None, now: float
     ) -> bool:
-        params = {"id": job_id, "token": token, "status": str(status), "result": result, "error": error, "now": now}
-
-        def work(connection: Connection) -> bool:
-            if connection.change(sql.FINISH, params) != 1:
-                return False
-            _event(connection, job_id, str(status), error or "{}", now)
-            return True
-
-        return await self._database.write(work)
+        ending = Ending(id=job_id, token=token, status=status, result=result, error=error, now=now)
+        return await self._database.write_batched(batches.finish, ending)
 
     async def requeue(
         self, job_id: str, *, token: str, lost_worker: int | None, not_before: float, reason: str, now: float
@@ -166,41 +128,34 @@ class JobTable:
                 "not_before": not_before,
             }
             connection.change(sql.REQUEUE, params)
-            _event(connection, job_id, "requeued", _json(reason=reason, lost_workers=sorted(lost)), now)
+            told = _json(reason=reason, lost_workers=sorted(lost))
+            batches.add_events(connection, [NewEvent(job_id=job_id, at=now, kind="requeued", data=told)])
             return True
 
         return await self._database.write(work)
 
     async def cancel(self, job_id: str, now: float) -> Job | None:
+        ending = Ending(id=job_id, token=None, status=JobStatus.CANCELLED, result=None, error=None, now=now)
+
         def work(connection: Connection) -> Job | None:
-            if self._end_waiting(connection, job_id, JobStatus.CANCELLED, None, now):
-                pass
-            else:
+            if not all(batches.end_waiting(connection, [ending])):
                 connection.change(sql.ASK_CANCEL, {"id": job_id})
             rows = connection.rows(sql.JOB_BY_ID, {"id": job_id})
-            return _job(rows[0]) if rows else None
+            return job_of(rows[0]) if rows else None
 
         return await self._database.write(work)
 
     async def fail_waiting(self, job_id: str, *, error: str, now: float) -> bool:
-        return await self._database.write(
-            lambda connection: self._end_waiting(connection, job_id, JobStatus.FAILED, error, now)
-        )
-
-    @staticmethod
-    def _end_waiting(connection: Connection, job_id: str, status: JobStatus, error: str | None, now: float) -> bool:
-        params = {"id": job_id, "status": str(status), "error": error, "now": now}
-        if connection.change(sql.END_WAITING, params) != 1:
-            return False
-        _event(connection, job_id, str(status), error or "{}", now)
-        return True
+        ending = Ending(id=job_id, token=None, status=JobStatus.FAILED, result=None, error=error, now=now)
+        return await self._database.write_batched(batches.end_waiting, ending)
 
     async def overdue(self, now: float) -> list[str]:
         rows = await self._database.read(lambda connection: connection.rows(sql.OVERDUE, {"now": now}))
         return [row[0] for row in rows]
 
     async def add_event(self, job_id: str, *, kind: str, data: str, now: float) -> JobEvent:
-        return await self._database.write(lambda connection: _event(connection, job_id, kind, data, now))
+        event = NewEvent(job_id=job_id, at=now, kind=kind, data=data)
+        return await self._database.write_batched(batches.add_events, event)
 
     async def events(self, job_id: str, after: int = 0) -> list[JobEvent]:
         def work(connection: Connection) -> tuple[list[Row], list[Row]]:
@@ -208,7 +163,7 @@ class JobTable:
             return job, connection.rows(sql.EVENTS, {"job_id": job_id, "after": after})
 
         job, rows = await self._database.read(work, quick=True)
-        first = [JobEvent(job_id=job_id, seq=1, at=_job(row).created_at, kind="queued", data="{}") for row in job]
+        first = [JobEvent(job_id=job_id, seq=1, at=job_of(row).created_at, kind="queued", data="{}") for row in job]
         return first + [JobEvent(job_id=of, seq=seq, at=at, kind=kind, data=data) for of, seq, at, kind, data in rows]
 
     async def undelivered(self) -> list[str]:

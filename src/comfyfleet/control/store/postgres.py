@@ -6,15 +6,14 @@ caller gets a 503 with Retry-After, a loop tries again).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 
 import psycopg
 
 from comfyfleet.control.store.connection import ConnectionLost, Params, Row
+from comfyfleet.control.store.sql import PARAMETER
 
-_PARAMETER = re.compile(r"(?<!:):([a-z_]+)")
 # Any number that is ours alone: one migration at a time per database.
 _MIGRATION_LOCK = 0x636F6D66
 
@@ -22,7 +21,7 @@ _MIGRATION_LOCK = 0x636F6D66
 @lru_cache(maxsize=256)
 def _translated(statement: str) -> str:
     """`:name` in psycopg's form; types are inferred by the server, so untyped NULLs are fine."""
-    return _PARAMETER.sub(r"%(\1)s", statement.replace("%", "%%"))
+    return PARAMETER.sub(r"%(\1)s", statement.replace("%", "%%"))
 
 
 class PostgresConnection:
@@ -48,6 +47,12 @@ class PostgresConnection:
             return self._connected().execute(_translated(statement), params or None).rowcount
         except psycopg.OperationalError as error:
             raise self._lost(error) from error
+
+    def changes(self, statements: Sequence[tuple[str, Params]]) -> int:
+        return sum(cursor.rowcount for cursor in self._pipelined(statements))
+
+    def all_rows(self, statements: Sequence[tuple[str, Params]]) -> list[Row]:
+        return [row for cursor in self._pipelined(statements) for row in cursor.fetchall()]
 
     def change_many(self, statement: str, params: Sequence[Params]) -> None:
         try:
@@ -80,6 +85,17 @@ class PostgresConnection:
         if self._raw is not None:
             self._raw.close()
             self._raw = None
+
+    def _pipelined(self, statements: Sequence[tuple[str, Params]]) -> list[psycopg.Cursor[Row]]:
+        """All sent before the first answer is awaited."""
+        try:
+            raw = self._connected()
+            if len(statements) == 1:
+                return [raw.execute(_translated(statement), params) for statement, params in statements]
+            with raw.pipeline():
+                return [raw.execute(_translated(statement), params) for statement, params in statements]
+        except psycopg.OperationalError as error:
+            raise self._lost(error) from error
 
     def _connected(self) -> psycopg.Connection[Row]:
         if self._raw is None or self._raw.closed:

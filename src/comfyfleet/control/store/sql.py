@@ -1,6 +1,14 @@
-"""Every statement, named, with one line of purpose. One text for SQLite and PostgreSQL."""
+"""Every statement, named, with one line of purpose. One text for SQLite and PostgreSQL.
+
+`:name` is a parameter. `{(:a, :b)}` stands for as many rows as there are (`batches`); both databases call the columns
+of such rows column1, column2 …
+"""
 
 from __future__ import annotations
+
+import re
+
+PARAMETER = re.compile(r"(?<!:):([a-z_][a-z_0-9]*)")
 
 # --- records ---------------------------------------------------------------------------------------------------------
 
@@ -169,11 +177,33 @@ HEAD_COLUMNS = (
     "lost_workers",
 )
 
-# add_job: a new job; no row changed means its idempotency key is taken.
-ADD_JOB = f"""
-INSERT INTO job ({_JOB}, webhook_state)
-VALUES ({", ".join(f":{name}" for name in JOB_COLUMNS)}, 'none')
+# add_jobs: new jobs; a row less than asked for means that an idempotency key is taken.
+NEW_JOB_COLUMNS = (
+    "id",
+    "endpoint_id",
+    "scope",
+    "priority",
+    "cost",
+    "rank",
+    "created_at",
+    "not_before",
+    "input",
+    "digest",
+    "deadline_at",
+    "idempotency_key",
+    "shape",
+    "models",
+    "sealed",
+    "metadata",
+    "webhook",
+)
+ADD_JOBS = f"""
+INSERT INTO job ({", ".join(NEW_JOB_COLUMNS)}, status, attempts, lost_workers, cancel_requested, webhook_state)
+VALUES {{({", ".join(f":{name}" for name in NEW_JOB_COLUMNS)}, 'queued', 0, '[]', 0, 'none')}}
 ON CONFLICT DO NOTHING"""  # noqa: S608 - column names of ours only
+
+# known_ids: which of these jobs are stored.
+KNOWN_IDS = "SELECT id FROM job WHERE id IN (VALUES {(:id)})"
 
 # job_by_key: the job that has an idempotency key.
 JOB_BY_KEY = f"SELECT {_JOB} FROM job WHERE scope = :scope AND idempotency_key = :idempotency_key"  # noqa: S608
@@ -219,19 +249,24 @@ LEASED = f"SELECT {_JOB} FROM job WHERE status IN ('leased', 'running')"  # noqa
 TAKE_OVER = """
 UPDATE job SET lease_token = :token, lease_expires = :expires_at WHERE id = :id AND lease_token = :old_token"""
 
-# renew: the holder goes on.
-RENEW = "UPDATE job SET lease_expires = :expires_at WHERE id = :id AND lease_token = :token"
+# renew_many: the holders go on.
+RENEW_MANY = """
+UPDATE job SET lease_expires = CAST(v.column3 AS DOUBLE PRECISION) FROM (VALUES {(:id, :token, :expires_at)}) AS v
+ WHERE job.id = v.column1 AND job.lease_token = v.column2 RETURNING job.id"""
 
-# start: the worker has begun.
-START = """
-UPDATE job SET status = 'running', started_at = coalesce(started_at, :now) WHERE id = :id AND lease_token = :token"""
+# start_many: the workers have begun.
+START_MANY = """
+UPDATE job SET status = 'running', started_at = coalesce(started_at, CAST(v.column3 AS DOUBLE PRECISION))
+  FROM (VALUES {(:id, :token, :now)}) AS v WHERE job.id = v.column1 AND job.lease_token = v.column2 RETURNING job.id"""
 
-# finish: no row changed means the lease was lost; the caller drops the result.
-FINISH = """
-UPDATE job SET status = :status, result = :result, error = :error, finished_at = :now, lease_token = NULL,
-               lease_expires = NULL, sealed = CASE WHEN webhook = '' THEN '' ELSE sealed END,
+# finish_many: a job not among the returned ones had lost its lease; the caller drops the result.
+FINISH_MANY = """
+UPDATE job SET status = v.column3, result = v.column4, error = v.column5,
+               finished_at = CAST(v.column6 AS DOUBLE PRECISION), lease_token = NULL, lease_expires = NULL,
+               sealed = CASE WHEN webhook = '' THEN '' ELSE sealed END,
                webhook_state = CASE WHEN webhook = '' THEN 'none' ELSE 'due' END
- WHERE id = :id AND lease_token = :token"""
+  FROM (VALUES {(:id, :token, :status, :result, :error, :now)}) AS v
+ WHERE job.id = v.column1 AND job.lease_token = v.column2 RETURNING job.id"""
 
 # requeue: the worker is lost or refused it; the job waits again.
 REQUEUE = """
@@ -242,12 +277,13 @@ UPDATE job SET status = 'queued', lease_token = NULL, lease_expires = NULL, work
 # lost_workers: who did not bring it back so far.
 LOST_WORKERS = "SELECT lost_workers FROM job WHERE id = :id AND lease_token = :token"
 
-# end_waiting: cancelled or failed before any worker had it.
-END_WAITING = """
-UPDATE job SET status = :status, error = :error, finished_at = :now,
+# end_waiting_many: cancelled or failed before any worker had them; returned are those that did wait.
+END_WAITING_MANY = """
+UPDATE job SET status = v.column2, error = v.column3, finished_at = CAST(v.column4 AS DOUBLE PRECISION),
                sealed = CASE WHEN webhook = '' THEN '' ELSE sealed END,
                webhook_state = CASE WHEN webhook = '' THEN 'none' ELSE 'due' END
- WHERE id = :id AND status = 'queued'"""
+  FROM (VALUES {(:id, :status, :error, :now)}) AS v
+ WHERE job.id = v.column1 AND job.status = 'queued' RETURNING job.id"""
 
 # ask_cancel: the holder will see it.
 ASK_CANCEL = "UPDATE job SET cancel_requested = 1 WHERE id = :id AND status IN ('leased', 'running')"
@@ -255,11 +291,13 @@ ASK_CANCEL = "UPDATE job SET cancel_requested = 1 WHERE id = :id AND status IN (
 # overdue: waiting past the deadline.
 OVERDUE = "SELECT id FROM job WHERE status = 'queued' AND deadline_at IS NOT NULL AND deadline_at < :now LIMIT 1000"
 
-# add_event: the next event of a job; 1 is `queued`, which is the job's own row.
-ADD_EVENT = """
+# add_events: the next event of each job; 1 is `queued`, which is the job's own row.
+ADD_EVENTS = """
 INSERT INTO job_event (job_id, seq, at, kind, data)
-VALUES (:job_id, (SELECT coalesce(max(seq), 1) + 1 FROM job_event WHERE job_id = :job_id), :at, :kind, :data)
-RETURNING seq"""
+SELECT v.column1, (SELECT coalesce(max(e.seq), 1) + 1 FROM job_event AS e WHERE e.job_id = v.column1),
+       CAST(v.column2 AS DOUBLE PRECISION), v.column3, v.column4
+  FROM (VALUES {(:job_id, :at, :kind, :data)}) AS v WHERE true
+RETURNING job_id, seq"""
 
 # events: what happened after one.
 EVENTS = "SELECT job_id, seq, at, kind, data FROM job_event WHERE job_id = :job_id AND seq > :after ORDER BY seq"

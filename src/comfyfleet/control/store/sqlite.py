@@ -33,6 +33,12 @@ class SqliteConnection:
     def change(self, statement: str, params: Params) -> int:
         return self._raw.execute(statement, params).rowcount
 
+    def changes(self, statements: Sequence[tuple[str, Params]]) -> int:
+        return sum(self._raw.execute(statement, params).rowcount for statement, params in statements)
+
+    def all_rows(self, statements: Sequence[tuple[str, Params]]) -> list[Row]:
+        return [row for statement, params in statements for row in self._raw.execute(statement, params)]
+
     def change_many(self, statement: str, params: Sequence[Params]) -> None:
         self._raw.executemany(statement, params)
 

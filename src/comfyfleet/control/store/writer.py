@@ -4,6 +4,9 @@ A disk sync costs about a millisecond however much it covers, so 64 callers shar
 of a connection that does nothing but database calls: if one of a group fails, the group is rolled back and each is run
 again alone, so a caller only ever meets its own error. Readers use connections of their own and never wait for it.
 
+Every statement costs a round trip, and in this process a turn at the interpreter's lock, which a busy event loop gives
+back late: so what many callers change in the same way is one statement for all of them (`write_batched`).
+
 SQLite has one writer by nature. A database across a socket spends its time on round trips, so there a few threads take
 groups side by side; two that meet on a row are told so by the database, and run again one by one.
 """
@@ -13,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
@@ -22,17 +25,29 @@ import anyio.to_thread
 
 from comfyfleet.control.store.connection import Connection
 
+Item = TypeVar("Item")
 T = TypeVar("T")
 MAX_GROUP = 256
 
+Batch = Callable[[Connection, "Sequence[Item]"], "list[T]"]
+"""Makes one kind of change for many callers at once: an outcome for every item, in their order."""
 
-@dataclass(kw_only=True, eq=False)
-class _Request(Generic[T]):
-    work: Callable[[Connection], T]
+
+@dataclass(kw_only=True, eq=False, slots=True)
+class _Request(Generic[Item, T]):
+    """batch: what makes the change for this item and others of its kind."""
+
+    batch: Batch[Item, T]
+    item: Item
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[T]
     outcome: T | None = None
     error: BaseException | None = field(default=None)
+
+
+def _each(connection: Connection, works: Sequence[Callable[[Connection], T]]) -> list[T]:
+    """The batch of what has nothing in common."""
+    return [work(connection) for work in works]
 
 
 class Database:
@@ -47,7 +62,8 @@ class Database:
     ) -> None:
         """connect(read_only) opens a connection."""
         self._quick = connect(True) if quick_reads else None
-        self._queue: queue.SimpleQueue[_Request[Any] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[_Request[Any, Any]] | None] = queue.SimpleQueue()
+        self._arrived: list[_Request[Any, Any]] = []
         self._writing = [connect(False) for _ in range(writers)]
         self._reading: queue.LifoQueue[Connection] = queue.LifoQueue()
         for _ in range(readers):
@@ -63,10 +79,22 @@ class Database:
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` in a transaction; returns when it is durable."""
+        return await self.write_batched(_each, work)
+
+    async def write_batched(self, batch: Batch[Item, T], item: Item) -> T:
+        """Let `batch` (a function of a module: the same one for all callers) change `item`, together with others."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._queue.put(_Request(work=work, loop=loop, future=future))
+        if not self._arrived or self._arrived[-1].loop is not loop:
+            # One wake for whatever else is ready in this turn of the loop: each costs as much as a statement.
+            loop.call_soon(self._hand_over)
+        self._arrived.append(_Request(batch=batch, item=item, loop=loop, future=future))
         return await future
+
+    def _hand_over(self) -> None:
+        arrived, self._arrived = self._arrived, []
+        if arrived:
+            self._queue.put(arrived)
 
     async def read(self, work: Callable[[Connection], T], *, quick: bool = False) -> T:
         """Run `work` on a reading connection; it sees everything that was committed before."""
@@ -84,6 +112,7 @@ class Database:
 
     async def close(self) -> None:
         """Finish what is queued, then close."""
+        self._hand_over()
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
@@ -100,23 +129,22 @@ class Database:
             first = self._queue.get()
             if first is None:
                 return
-            group = [first]
-            is_last = False
+            group, is_last = first, False
             while len(group) < MAX_GROUP:
                 try:
-                    request = self._queue.get_nowait()
+                    more = self._queue.get_nowait()
                 except queue.Empty:
                     break
-                if request is None:
+                if more is None:
                     is_last = True
                     break
-                group.append(request)
+                group.extend(more)
             self._commit(connection, group)
             _deliver(group)
             if is_last:
                 return
 
-    def _commit(self, connection: Connection, group: list[_Request[Any]]) -> None:
+    def _commit(self, connection: Connection, group: list[_Request[Any, Any]]) -> None:
         try:
             _run(connection, group)
         except Exception as error:  # the boundary of a group: whose fault it was is found by running each alone
@@ -127,19 +155,29 @@ class Database:
                 self._commit(connection, [request])
 
 
-def _run(connection: Connection, group: list[_Request[Any]]) -> None:
+def _run(connection: Connection, group: list[_Request[Any, Any]]) -> None:
     connection.begin()
     try:
-        for request in group:
-            request.outcome = request.work(connection)
+        for batch, requests in _by_batch(group).items():
+            outcomes = batch(connection, [request.item for request in requests])
+            for request, outcome in zip(requests, outcomes, strict=True):
+                request.outcome = outcome
         connection.commit()
     except BaseException:
         connection.rollback()
         raise
 
 
-def _deliver(group: list[_Request[Any]]) -> None:
-    by_loop: dict[asyncio.AbstractEventLoop, list[_Request[Any]]] = {}
+def _by_batch(group: list[_Request[Any, Any]]) -> dict[Batch[Any, Any], list[_Request[Any, Any]]]:
+    """In the order in which each kind came first. Callers wait for each other at most here, so any order is theirs."""
+    found: dict[Batch[Any, Any], list[_Request[Any, Any]]] = {}
+    for request in group:
+        found.setdefault(request.batch, []).append(request)
+    return found
+
+
+def _deliver(group: list[_Request[Any, Any]]) -> None:
+    by_loop: dict[asyncio.AbstractEventLoop, list[_Request[Any, Any]]] = {}
     for request in group:
         by_loop.setdefault(request.loop, []).append(request)
     for loop, requests in by_loop.items():
@@ -149,7 +187,7 @@ def _deliver(group: list[_Request[Any]]) -> None:
             continue
 
 
-def _resolve(requests: list[_Request[Any]]) -> None:
+def _resolve(requests: list[_Request[Any, Any]]) -> None:
     for request in requests:
         if request.future.done():
             continue
