@@ -177,11 +177,12 @@ HEAD_COLUMNS = (
     "lost_workers",
 )
 
-# add_jobs: new jobs; a row less than asked for means that an idempotency key is taken.
+# add_jobs: new jobs, which no worker has had; a row less than asked for means that an idempotency key is taken.
 NEW_JOB_COLUMNS = (
     "id",
     "endpoint_id",
     "scope",
+    "status",
     "priority",
     "cost",
     "rank",
@@ -196,10 +197,12 @@ NEW_JOB_COLUMNS = (
     "sealed",
     "metadata",
     "webhook",
+    "attempts",
+    "lost_workers",
 )
 ADD_JOBS = f"""
-INSERT INTO job ({", ".join(NEW_JOB_COLUMNS)}, status, attempts, lost_workers, cancel_requested, webhook_state)
-VALUES {{({", ".join(f":{name}" for name in NEW_JOB_COLUMNS)}, 'queued', 0, '[]', 0, 'none')}}
+INSERT INTO job ({", ".join(NEW_JOB_COLUMNS)}, cancel_requested, webhook_state)
+VALUES {{({", ".join(f":{name}" for name in NEW_JOB_COLUMNS)}, 0, 'none')}}
 ON CONFLICT DO NOTHING"""  # noqa: S608 - column names of ours only
 
 # known_ids: which of these jobs are stored.

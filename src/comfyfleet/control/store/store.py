@@ -180,7 +180,7 @@ def open_sqlite(path: Path) -> SqlStore:
     return SqlStore(Database(lambda read_only: SqliteConnection(path, read_only=read_only), quick_reads=True))
 
 
-def open_postgres(url: str, *, writers: int = 6, readers: int = 4) -> SqlStore:
+def open_postgres(url: str, *, writers: int = 2, readers: int = 4) -> SqlStore:
     """The store in a PostgreSQL database, brought to the latest schema. Needs the `postgres` extra."""
     from comfyfleet.control.store.postgres import PostgresConnection  # only here is psycopg needed
 
