@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from comfyfleet.client.attempts import Attempt, next_step
+from comfyfleet.client.hints import hint_of
 from comfyfleet.client.request import RequestOutcome, RequestState, ServerlessRequest
 from comfyfleet.client.transport import Answer, TransportFailure, control_plane_error
 
@@ -63,10 +64,11 @@ class Endpoint:
 
         timeout: seconds in all (None: as long as it takes); passing it raises TimeoutError. retry, max_retries: for
         answers that a repeat can help and for lost workers. on_progress: called with each snapshot while the job
-        runs. Raises RuntimeError when the control plane refuses to route (unknown endpoint, bad key).
+        runs. hint: models and shape for the router, read from the payload's workflow unless given. Raises
+        RuntimeError when the control plane refuses to route (unknown endpoint, bad key).
         """
         watched = serverless_request or ServerlessRequest()
-        way = _Way(self, self._client, watched, cost=cost, hint=hint)
+        way = _Way(self, self._client, watched, cost=cost, hint=hint_of(payload) if hint is None else hint)
         watched.create_time = self._client.clock.now()
         try:
             with anyio.fail_after(timeout):

@@ -111,7 +111,6 @@ async def open_control(
             settings=settings,
             store=store,
             catalog=catalog,
-            keyring=keyring,
             vault=account.vault,
             webhook_key=load_or_create_key(folder / "webhooks.key"),
             routing=routing,

@@ -62,6 +62,23 @@ class DemandMeter:
         )
 
 
+class Meters:
+    """One meter per endpoint."""
+
+    def __init__(self) -> None:
+        self._meters: dict[int, DemandMeter] = {}
+
+    def arrived(self, endpoint_id: int, cost: float, now: float) -> None:
+        meter = self._meters.get(endpoint_id)
+        if meter is None:
+            meter = self._meters[endpoint_id] = DemandMeter()
+        meter.arrived(cost, now)
+
+    def rates(self, endpoint_id: int, now: float) -> DemandRates:
+        meter = self._meters.get(endpoint_id)
+        return meter.rates(now) if meter is not None else DemandRates()
+
+
 class Backlog(msgspec.Struct, frozen=True, kw_only=True):
     """Durable jobs that wait in the store."""
 

@@ -1,7 +1,8 @@
 """The desk in front of the line: takes a request, and answers with a worker or with a place in the queue.
 
 Both doors lead here: `/route/` and the dispatcher of durable jobs. Synchronous and in memory; a caller that may wait
-holds on to `RouteTicket.changed`. What the desk is not: it chooses no worker (`router`) and scales nothing.
+holds on to `RouteTicket.changed`. What the desk is not: it gives no turns (`turns`), chooses no worker (`router`) and
+scales nothing.
 
 A returning request is one whose caller came back after it had its worker. It goes back to that worker as long as the
 worker still lists it (the repeat joins the running job). If it comes back from there too, or the worker never heard of
@@ -15,13 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from comfyfleet.clock import Clock
-from comfyfleet.control.demand import Backlog, Demand, DemandMeter, DemandRates
+from comfyfleet.control.demand import Backlog, Demand, Meters
+from comfyfleet.control.limits import Allowance
 from comfyfleet.control.load import Booking
 from comfyfleet.control.numbers import Numbers
 from comfyfleet.control.placements import Placed, TakeRequest, Waits, finished_entries, state_counts
 from comfyfleet.control.route_queue import Phase, RouteQueue, RouteTicket
-from comfyfleet.control.router import LOOKAHEAD, Refusal, Want, choose, is_overtaker, may_overtake
+from comfyfleet.control.router import Want
 from comfyfleet.control.tickets import TICKET_LIFETIME_S, Tickets
+from comfyfleet.control.turns import Turns
 from comfyfleet.control.worker import Worker
 from comfyfleet.control.workers import Folded, Workers
 from comfyfleet.ids import Ids
@@ -45,9 +48,19 @@ class Desk:
     """One for the whole control plane."""
 
     def __init__(
-        self, *, workers: Workers, tickets: Tickets, numbers: Numbers, reqnums: Numbers, clock: Clock, ids: Ids
+        self,
+        *,
+        workers: Workers,
+        tickets: Tickets,
+        numbers: Numbers,
+        reqnums: Numbers,
+        allowance: Allowance,
+        clock: Clock,
+        ids: Ids,
     ) -> None:
         self.queue = RouteQueue()
+        self._meters = Meters()
+        self.turns = Turns(queue=self.queue, workers=workers, allowance=allowance, meters=self._meters)
         self.reasons: dict[int, str] = {}  # endpoint -> why it waits, as the reconciler last saw it
         self._workers = workers
         self._tickets = tickets
@@ -55,8 +68,6 @@ class Desk:
         self._reqnums = reqnums
         self._clock = clock
         self._ids = ids
-        self._max_queue_time: dict[int, float] = {}
-        self._meters: dict[int, DemandMeter] = {}
         self._strikes: dict[int, float] = {}  # worker -> when somebody could not reach it
         self._adopted: dict[int, int] = {}  # request -> worker that listed it before its caller came back
         self._backlogs: dict[int, Backlog] = {}
@@ -66,10 +77,15 @@ class Desk:
     def take(self, request: TakeRequest) -> Placed | Waits:
         """A worker for the request, or its place in the line."""
         now = self._clock.now()
-        self._max_queue_time[request.endpoint_id] = request.max_queue_time
+        self.turns.asked(request.endpoint_id, request.max_queue_time)
         ticket = self._known(request, now)
         if ticket is None:
-            ticket = self._enter(request, now)
+            ticket = self._fresh(request, now)
+            if not self.turns.has_room(request.endpoint_id, ticket.lane):
+                return self._waits(request, ticket, now)
+            self.queue.add(ticket)
+            if request.request_idx <= 0:
+                self.turns.arrived(ticket, now)
         else:
             ticket.polled_at = now
             ticket.replay_timeout = request.replay_timeout
@@ -79,7 +95,7 @@ class Desk:
         for worker_id in request.excluded:
             ticket.excluded[worker_id] = now + EXCLUDED_S
         if ticket.phase is Phase.WAITING:
-            self.serve(ticket.endpoint_id, now)
+            self.turns.serve(ticket.endpoint_id, now)
         if ticket.phase is Phase.GRANTED and now >= ticket.not_before:
             worker = self._workers.get(ticket.worker_id)
             if worker is not None:
@@ -88,7 +104,7 @@ class Desk:
             self.queue.wait_again(ticket, now)
         if self.queue.waiting_count(ticket.endpoint_id) == 1:
             self.on_first_wait()
-        return Waits(ticket=ticket, answer=self._waiting(request, ticket))
+        return self._waits(request, ticket, now)
 
     def release(self, request_idx: int) -> None:
         """The holder of a durable job is done with its booking; the ticket is forgotten in time."""
@@ -99,7 +115,7 @@ class Desk:
         if ticket.worker_id and self._workers.get(ticket.worker_id) is not None:
             self._workers.load(ticket.worker_id).finish(request_idx, now)
         self.queue.leave(ticket, Phase.FINISHED, ticket.worker_id, now)
-        self.serve(ticket.endpoint_id, now)
+        self.turns.serve(ticket.endpoint_id, now)
 
     def set_backlog(self, endpoint_id: int, *, jobs: int, cost: float, oldest_at: float) -> None:
         """Durable jobs that wait elsewhere: demand like any other."""
@@ -107,8 +123,7 @@ class Desk:
 
     def arrived(self, endpoint_id: int, cost: float) -> None:
         """Work that arrived by another door and will pass the desk later (a durable job)."""
-        now = self._clock.now()
-        self._meters.setdefault(endpoint_id, DemandMeter()).arrived(cost, now)
+        self._meters.arrived(endpoint_id, cost, self._clock.now())
 
     # --- what workers say ----------------------------------------------------------------------------------------
     def heard(self, folded: Folded, working: tuple[int, ...]) -> None:
@@ -121,7 +136,7 @@ class Desk:
                 self._adopted[request_idx] = worker.id
             elif ticket.phase is Phase.WAITING:
                 self.queue.leave(ticket, Phase.ASSIGNED, worker.id, now)
-        self.serve(worker.endpoint_id, now)
+        self.turns.serve(worker.endpoint_id, now)
 
     def finished(self, worker: Worker, report: FinishedRequests) -> int:
         """Fold `/delete_requests/` in; unknown tickets are ignored. Returns how many were known."""
@@ -145,7 +160,7 @@ class Desk:
             if entry.success and entry.status != "Cancelled":
                 self._strikes.pop(worker.id, None)
                 self._workers.vouch(worker.id, now)
-        self.serve(worker.endpoint_id, now)
+        self.turns.serve(worker.endpoint_id, now)
         return known
 
     def lost(self, worker_id: int, request_idxs: list[int]) -> None:
@@ -171,44 +186,6 @@ class Desk:
                 self.queue.wait_again(ticket, now)
 
     # --- the line ------------------------------------------------------------------------------------------------
-    def serve(self, endpoint_id: int, now: float) -> None:
-        """Book workers for the line, front first, as long as there is room."""
-        if not self.queue.waiting_count(endpoint_id):
-            return
-        set_aside = []
-        for front in self.queue.line(endpoint_id):
-            ticket = front
-            if ticket.uncollected:
-                set_aside.append(ticket)
-                continue
-            chosen = self._choose(ticket, now)
-            if isinstance(chosen, Refusal):
-                set_aside.append(ticket)
-                if chosen is not Refusal.ALL_EXCLUDED:
-                    break
-                continue
-            load = self._workers.load(chosen)
-            if may_overtake(ticket.bypassed, ticket.want, load):
-                behind = self.queue.peek(endpoint_id, LOOKAHEAD)
-                overtaker = next((other for other in behind if self._fits(other, chosen, now)), None)
-                if overtaker is not None:
-                    ticket.bypassed += 1
-                    self.queue.put_back(ticket)
-                    ticket = overtaker
-            self._workers.book(
-                chosen,
-                Booking(
-                    request_idx=ticket.request_idx,
-                    cost=ticket.want.cost,
-                    at=now,
-                    held=ticket.held,
-                    models=ticket.want.models,
-                ),
-            )
-            self.queue.leave(ticket, Phase.GRANTED, chosen, now)
-        for ticket in set_aside:
-            self.queue.put_back(ticket)
-
     def sweep(self) -> None:
         """Each second: forget tickets without polls, take back uncollected grants, serve every line."""
         now = self._clock.now()
@@ -222,8 +199,8 @@ class Desk:
                     self._workers.load(granted.worker_id).finish(request_idx, now)
                 granted.uncollected = True
                 self.queue.wait_again(granted, now)
-        for endpoint_id in list(self._max_queue_time):
-            self.serve(endpoint_id, now)
+        for endpoint_id in self.turns.endpoints():
+            self.turns.serve(endpoint_id, now)
 
     # --- what others ask -----------------------------------------------------------------------------------------
     def new_number(self) -> int:
@@ -240,12 +217,12 @@ class Desk:
         backlog = self._backlogs.get(endpoint_id, Backlog())
         oldest = self.queue.oldest_arrival(endpoint_id)
         arrivals = [at for at in (oldest, backlog.oldest_at if backlog.jobs else None) if at is not None]
-        meter = self._meters.get(endpoint_id)
+        waiting, cost = self.turns.waiting(endpoint_id, now)
         return Demand(
-            waiting=self.queue.waiting_count(endpoint_id) + backlog.jobs,
-            waiting_cost=self.queue.waiting_cost(endpoint_id) + backlog.cost,
+            waiting=waiting + backlog.jobs,
+            waiting_cost=cost + backlog.cost,
             oldest_wait_s=max(0.0, now - min(arrivals)) if arrivals else 0.0,
-            rates=meter.rates(now) if meter is not None else DemandRates(),
+            rates=self._meters.rates(endpoint_id, now),
         )
 
     # --- inside --------------------------------------------------------------------------------------------------
@@ -271,14 +248,9 @@ class Desk:
             return ticket
         return None
 
-    def _enter(self, request: TakeRequest, now: float) -> RouteTicket:
+    def _fresh(self, request: TakeRequest, now: float) -> RouteTicket:
         is_number_free = request.request_idx > 0 and self.queue.get(request.request_idx) is None
-        number = request.request_idx if is_number_free else self._numbers.next()
-        ticket = self._ticket(request, number, now)
-        self.queue.add(ticket)
-        if request.request_idx <= 0 and not request.held:
-            self.arrived(request.endpoint_id, request.cost)
-        return ticket
+        return self._ticket(request, request.request_idx if is_number_free else self._numbers.next(), now)
 
     def _ticket(self, request: TakeRequest, number: int, now: float) -> RouteTicket:
         # A number from before a restart keeps its place; any other unknown one goes to the end of the line.
@@ -325,32 +297,12 @@ class Desk:
             return
         self.queue.wait_again(ticket, now)
 
-    def _fits(self, ticket: RouteTicket, worker_id: int, now: float) -> bool:
-        load = self._workers.load(worker_id)
-        return not ticket.uncollected and worker_id not in ticket.excluded_now(now) and is_overtaker(ticket.want, load)
-
     def _strike(self, worker_id: int, now: float) -> None:
         before = self._strikes.get(worker_id)
         self._strikes[worker_id] = now
         self._workers.suspect(worker_id, now)
         if before is not None and now - before < STRIKE_WINDOW_S:
             self._workers.quarantine(worker_id, now)
-
-    def _choose(self, ticket: RouteTicket, now: float) -> int | Refusal:
-        excluded = ticket.excluded_now(now)
-        chosen = self._choose_without(ticket, excluded | ticket.avoided, now)
-        if isinstance(chosen, Refusal) and ticket.avoided - excluded:
-            return self._choose_without(ticket, excluded, now)
-        return chosen
-
-    def _choose_without(self, ticket: RouteTicket, excluded: set[int], now: float) -> int | Refusal:
-        return choose(
-            self._workers.candidates(ticket.endpoint_id),
-            ticket.want,
-            max_queue_time=self._max_queue_time.get(ticket.endpoint_id, 30.0),
-            excluded=excluded,
-            now=now,
-        )
 
     def _ready(self, request: TakeRequest, ticket: RouteTicket, worker: Worker, now: float) -> RouteReady:
         reqnum = self._reqnums.next()
@@ -375,11 +327,16 @@ class Desk:
             request_id=self._ids.request_id(),
         )
 
-    def _waiting(self, request: TakeRequest, ticket: RouteTicket) -> RouteWaiting:
-        return RouteWaiting(
+    def _waits(self, request: TakeRequest, ticket: RouteTicket, now: float) -> Waits:
+        hold = self.turns.hold(ticket, now)
+        reason = self.why(request.endpoint_id)
+        if hold is not None:
+            reason = f"{hold.reason}; its next request gets its turn in {hold.wait_s:.1f} s"
+        answer = RouteWaiting(
             endpoint=request.endpoint_name,
             status=state_counts(self._workers.of_endpoint(request.endpoint_id)),
             request_idx=ticket.request_idx,
-            reason=self.why(request.endpoint_id),
+            reason=reason,
             request_id=self._ids.request_id(),
         )
+        return Waits(ticket=ticket, answer=answer, retry_after_s=hold.wait_s if hold is not None else 0.0)

@@ -19,7 +19,6 @@ from comfyfleet.clock import Clock
 from comfyfleet.control.backlog import Backlog
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.desk import Desk
-from comfyfleet.control.fair_share import FairShare
 from comfyfleet.control.job_feed import JobFeed, Kick
 from comfyfleet.control.job_run import JobRun, RunOutcome
 from comfyfleet.control.jobs import Job, JobHead, Lease
@@ -71,7 +70,6 @@ class Dispatcher:
         vault: Vault,
         clock: Clock,
         ids: Ids,
-        weight_of: Callable[[str], float],
         ended: Callable[[RunOutcome], None],
         lost_after_s: float = LOST_AFTER_S,
     ) -> None:
@@ -87,10 +85,8 @@ class Dispatcher:
         self._vault = vault
         self._clock = clock
         self._ids = ids
-        self._weight_of = weight_of
         self._ended = ended
         self._lost_after_s = lost_after_s
-        self._shares: dict[int, FairShare] = {}
         self._in_line: dict[int, _InLine] = {}
         self._held: set[str] = set()
 
@@ -132,7 +128,7 @@ class Dispatcher:
             and self._clock.monotonic() - standing.tried_at < _LOOK_AGAIN_S
         ):
             return  # a new job behind a full line changes nothing; the desk says when there is room
-        share = self._shares.setdefault(endpoint.id, FairShare())
+        share = self._desk.turns.share(endpoint.id)
         barren: set[str] = set()
         while True:
             scopes = [scope for scope in self._backlog.scopes(endpoint.id) if scope not in barren]
@@ -147,8 +143,7 @@ class Dispatcher:
             placed = self._place(endpoint, head, runs)
             if placed is None:
                 return
-            if await self._start(head, placed, runs):
-                share.served(scope, head.cost, self._weight_of(scope))
+            await self._start(head, placed, runs)
 
     def _place(self, endpoint: Endpoint, head: JobHead, runs: anyio.abc.TaskGroup) -> Placed | None:
         """A worker for the job, or its place in the line kept."""
@@ -190,7 +185,7 @@ class Dispatcher:
         if standing is not None:
             self._desk.release(standing.ticket.request_idx)
 
-    async def _start(self, head: JobHead, placed: Placed, runs: anyio.abc.TaskGroup) -> bool:
+    async def _start(self, head: JobHead, placed: Placed, runs: anyio.abc.TaskGroup) -> None:
         now = self._clock.now()
         job = await self._store.lease(
             Lease(
@@ -206,11 +201,10 @@ class Dispatcher:
         self._backlog.remove(head.endpoint_id, head.scope, head.cost)
         if job is None:  # cancelled in between
             self._desk.release(placed.answer.request_idx)
-            return False
+            return
         self._feed.news(job.id)
         self._held.add(job.id)
         runs.start_soon(self._run, job, placed.answer, name=f"job {job.id}")
-        return True
 
     # --- leased jobs -------------------------------------------------------------------------------------------------
 

@@ -22,10 +22,9 @@ from comfyfleet.control.job_feed import JobFeed, Kick
 from comfyfleet.control.job_run import RunOutcome
 from comfyfleet.control.job_webhooks import JobWebhooks
 from comfyfleet.control.jobs import Job
-from comfyfleet.control.keys import Keyring, Vault
+from comfyfleet.control.keys import Vault
 from comfyfleet.control.leases import LEASE_S
 from comfyfleet.control.ledger import Ledger
-from comfyfleet.control.limits import Limits
 from comfyfleet.control.metrics import Metrics
 from comfyfleet.control.plane import RoutingPlane
 from comfyfleet.control.store.base import Store
@@ -50,7 +49,6 @@ class DurablePlane:
         settings: ControlSettings,
         store: Store,
         catalog: Catalog,
-        keyring: Keyring,
         vault: Vault,
         webhook_key: bytes,
         routing: RoutingPlane,
@@ -62,7 +60,7 @@ class DurablePlane:
     ) -> None:
         self.feed = JobFeed()
         self.backlog = Backlog()
-        self.limits = Limits()
+        self.limits = routing.limits
         self._catalog = catalog
         self._metrics = metrics
         self._clock = clock
@@ -87,6 +85,7 @@ class DurablePlane:
             price_gpu_hour=settings.price_gpu_hour,
             price_storage_hour=settings.price_storage_hour,
         )
+        routing.reports.used = self.ledger.request_ended
         self.dispatcher = Dispatcher(
             store=store,
             catalog=catalog,
@@ -99,7 +98,6 @@ class DurablePlane:
             vault=vault,
             clock=clock,
             ids=ids,
-            weight_of=keyring.weight,
             ended=self._run_ended,
             lost_after_s=settings.lost_after_s,
         )

@@ -1,13 +1,17 @@
-"""Whose job is next: weighted fair queueing between keys, by predicted GPU-seconds. Pure.
+"""Whose turn it is at an endpoint: weighted fair queueing between keys, by predicted GPU-seconds. Pure.
 
-Each scope has a virtual time: the work it was given, divided by its weight. The scope with the smallest goes next, so a
-key with ten thousand jobs cannot starve one with two. One that was idle starts level with the others: idling earns
-nothing. Inside a scope the store's `rank` decides (priority, then age).
+Each scope has a virtual time: the GPU-seconds it was given, divided by its weight. The scope with the smallest goes
+next, so a key with ten thousand requests cannot starve one with two. One that was idle starts level with those that
+wait: idling earns nothing. One account serves both doors, the callers of `/route/` and the durable jobs; either asks
+with whom it has waiting. Inside a scope the order is first in, first out (or the store's `rank`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+
+# Accounts kept beyond those that still say something.
+KEPT_SCOPES = 10_000
 
 
 class FairShare:
@@ -15,20 +19,25 @@ class FairShare:
 
     def __init__(self) -> None:
         self._times: dict[str, float] = {}
-        self._active: frozenset[str] = frozenset()
+        self._level = 0.0  # the virtual time at which the last turn began
 
     def next(self, waiting: Collection[str]) -> str | None:
         """The scope whose turn it is; None if nobody waits. Ties go by name, so a replay decides alike."""
-        stayed = [self._times[scope] for scope in waiting if scope in self._active]
-        level = min(stayed, default=max(self._times.values(), default=0.0))
-        for scope in waiting:
-            if scope not in self._active:
-                self._times[scope] = max(self._times.get(scope, 0.0), level)
-        self._active = frozenset(waiting)
         if not waiting:
             return None
-        return min(waiting, key=lambda scope: (self._times[scope], scope))
+        times, level = self._times, self._level
+        # Who waited all along is never behind the level; the others start where the first of those stands.
+        late = [scope for scope in waiting if times.get(scope, -1.0) < level]
+        if late:
+            start = min((time for scope in waiting if (time := times.get(scope, -1.0)) >= level), default=level)
+            for scope in late:
+                times[scope] = start
+        return min(waiting, key=lambda scope: (times[scope], scope))
 
     def served(self, scope: str, work: float, weight: float = 1.0) -> None:
-        """A job of that much work was handed out."""
-        self._times[scope] = self._times.get(scope, 0.0) + work / (weight if weight > 0 else 1.0)
+        """Work of that much was handed out to a worker. Work: GPU-seconds."""
+        began = max(self._times.get(scope, self._level), self._level)
+        self._level = began
+        self._times[scope] = began + work / (weight if weight > 0 else 1.0)
+        if len(self._times) > KEPT_SCOPES:
+            self._times = {scope: time for scope, time in self._times.items() if time > self._level}

@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from comfyfleet.clock import Clock
-from comfyfleet.control.auth import ADMIN, JOBS, MANAGE, READ, ROUTE, Principal
+from comfyfleet.control.auth import ADMIN, JOBS, MANAGE, NO_LIMITS, READ, ROUTE, Principal
 from comfyfleet.control.catalog import Catalog
-from comfyfleet.control.records import ApiKey, Endpoint
+from comfyfleet.control.records import ApiKey, Endpoint, KeyLimits
 from comfyfleet.ids import Ids
 from comfyfleet.sealing import Sealer
 from comfyfleet.wire.errors import Unauthorized
@@ -120,10 +120,10 @@ class Keyring:
         """
         return self.endpoint_key(endpoint) if principal.may(MANAGE, endpoint.id) else own_key
 
-    def weight(self, scope: str) -> float:
-        """A scope's part in fair sharing; 1 for keys that set none."""
+    def limits(self, scope: str) -> KeyLimits:
+        """What the key with that scope may use; a scope without a made key has no limits, and weight 1."""
         key = self._by_scope.get(scope)
-        return 1.0 if key is None else key.limits.weight
+        return NO_LIMITS if key is None else key.limits
 
     def put(self, key: ApiKey) -> None:
         self._by_digest[key.digest] = key

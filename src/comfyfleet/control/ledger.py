@@ -1,4 +1,4 @@
-"""The usage ledger: seconds per worker and billing state, seconds per job, each with its price. Append-only.
+"""The usage ledger: seconds per worker and billing state, per job and per key, each with its price. Append-only.
 
 A worker that is ready, loading or starting pays for its GPU, idle or not; an inactive one pays for its storage; one
 that is pending, broken or going pays nothing (the documents' table).
@@ -12,6 +12,7 @@ from comfyfleet.clock import Clock
 from comfyfleet.control.job_run import RunOutcome
 from comfyfleet.control.limits import DAY_S, Limits
 from comfyfleet.control.records import UsageRow
+from comfyfleet.control.reports import KeyUse
 from comfyfleet.control.store.base import Store
 from comfyfleet.control.worker_states import WorkerState
 from comfyfleet.control.workers import Workers
@@ -19,6 +20,8 @@ from comfyfleet.control.workers import Workers
 log = structlog.get_logger()
 
 FLUSH_EVERY_S = 15.0
+# Rows that say what a key used; the others say what a worker cost.
+_OF_KEYS = ("job", "request")
 
 _FREE = frozenset({WorkerState.PENDING, WorkerState.ERROR, WorkerState.DESTROYING})
 _STORAGE = frozenset({WorkerState.CREATING, WorkerState.CREATED, WorkerState.STOPPING, WorkerState.STOPPED})
@@ -56,7 +59,7 @@ class Ledger:
         """At start: what each key used in the last day, for its quota."""
         now = self._clock.now()
         sums = await self._store.usage(since=now - DAY_S, until=now)
-        self._limits.remember({row.scope: row.seconds for row in sums if row.kind == "job" and row.scope}, now)
+        self._limits.remember({row.scope: row.seconds for row in sums if row.kind in _OF_KEYS and row.scope}, now)
 
     def job_ended(self, outcome: RunOutcome) -> None:
         """A job's seconds, on its key."""
@@ -74,6 +77,22 @@ class Ledger:
                 started_at=now - outcome.seconds,
                 seconds=outcome.seconds,
                 price=outcome.seconds * self._price_s["gpu"],
+            )
+        )
+
+    def request_ended(self, use: KeyUse) -> None:
+        """A routed request's seconds, on its key (whose quota they are taken from already)."""
+        price_s = use.worker.price_hour / 3600.0 or self._price_s["gpu"]
+        self._rows.append(
+            UsageRow(
+                endpoint_id=use.worker.endpoint_id,
+                workergroup_id=use.worker.group_id,
+                worker_id=use.worker.id,
+                scope=use.scope,
+                kind="request",
+                started_at=use.until - use.seconds,
+                seconds=use.seconds,
+                price=use.seconds * price_s,
             )
         )
 
@@ -120,18 +139,18 @@ class Ledger:
 
 
 def merged(rows: list[UsageRow]) -> list[UsageRow]:
-    """One row where the same worker went on in the same state: seconds and price add up."""
-    sums: dict[tuple[int, str], UsageRow] = {}
+    """One row where the same worker went on in the same state, or for the same key: seconds and price add up."""
+    sums: dict[tuple[int, str, str], UsageRow] = {}
     jobs = []
     for row in rows:
         if row.kind == "job":
             jobs.append(row)
             continue
-        before = sums.get((row.worker_id, row.kind))
+        before = sums.get((row.worker_id, row.kind, row.scope))
         if before is None:
-            sums[row.worker_id, row.kind] = row
+            sums[row.worker_id, row.kind, row.scope] = row
             continue
-        sums[row.worker_id, row.kind] = UsageRow(
+        sums[row.worker_id, row.kind, row.scope] = UsageRow(
             endpoint_id=row.endpoint_id,
             workergroup_id=row.workergroup_id,
             worker_id=row.worker_id,

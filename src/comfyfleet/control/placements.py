@@ -34,10 +34,14 @@ class Placed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Waits(msgspec.Struct, frozen=True, kw_only=True):
-    """A place in the line. ticket.changed fires when there is news; not_before: no earlier answer (throttled)."""
+    """A place in the line. ticket.changed fires when there is news; not_before: no earlier answer (throttled).
+
+    retry_after_s: how long the key's limits hold it back at least, 0 where they do not.
+    """
 
     ticket: RouteTicket
     answer: RouteWaiting
+    retry_after_s: float = 0.0
 
 
 def finished_entries(report: FinishedRequests) -> list[FinishedRequest]:

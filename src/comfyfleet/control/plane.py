@@ -24,9 +24,10 @@ from comfyfleet.control.fleet.base import FleetProvider
 from comfyfleet.control.keys import Keyring
 from comfyfleet.control.learned_cost import LearnedCost
 from comfyfleet.control.lifecycle import Environment, Lifecycle
+from comfyfleet.control.limits import Allowance, Limits
 from comfyfleet.control.numbers import Numbers
 from comfyfleet.control.reconciler import Reconciler
-from comfyfleet.control.records import WorkerRow
+from comfyfleet.control.records import LearnedRow, WorkerRow
 from comfyfleet.control.reports import Reports
 from comfyfleet.control.scores import Scores
 from comfyfleet.control.store.base import Store
@@ -38,6 +39,7 @@ from comfyfleet.ids import Ids
 log = structlog.get_logger()
 
 SWEEP_S = 1.0
+SAVE_LEARNED_S = 10.0
 
 
 class RoutingPlane:
@@ -59,7 +61,9 @@ class RoutingPlane:
         self.tickets = Tickets.open(data_dir)
         self.workers = Workers()
         self.learned = LearnedCost()
+        self.workers.swap_s_of = self.learned.swap_s
         self.scores = Scores()
+        self.limits = Limits()
         self._numbers = Numbers(partial(store.reserve, "request_idx"))
         self._reqnums = Numbers(partial(store.reserve, "reqnum"))
         self._store = store
@@ -70,6 +74,7 @@ class RoutingPlane:
             tickets=self.tickets,
             numbers=self._numbers,
             reqnums=self._reqnums,
+            allowance=Allowance(self.limits, keys.limits),
             clock=clock,
             ids=ids,
         )
@@ -100,6 +105,7 @@ class RoutingPlane:
             desk=self.desk,
             scores=self.scores,
             learned=self.learned,
+            limits=self.limits,
             clock=clock,
             kick=self.reconciler.kick,
         )
@@ -127,6 +133,7 @@ class RoutingPlane:
         for row in await self._store.all(WorkerRow):
             worker = msgspec.json.decode(row.body, type=Worker)
             self.workers.add(revived(worker, now), now, is_persisted=True)
+        self.learned.load(await self._store.all(LearnedRow))
         await self._refill()
         log.info("routing.loaded", workers=len(self.workers.all()))
 
@@ -136,9 +143,11 @@ class RoutingPlane:
             self.lifecycle.attach(loops)
             loops.start_soon(self.reconciler.run, name="reconciler")
             loops.start_soon(self._sweep, name="route queue sweep")
+            loops.start_soon(self._keep_learned, name="learned costs")
 
     async def close(self, *, keep_workers: bool) -> None:
         """After `run` ended: end the provider's workers, or leave them for the next control plane."""
+        await self.save_learned()
         if self.provider is not None:
             await self.provider.close(keep_running=keep_workers)
 
@@ -150,6 +159,22 @@ class RoutingPlane:
             except Exception:  # loop iteration boundary
                 log.exception("sweep.failed")
             await self._clock.sleep(SWEEP_S)
+
+    async def _keep_learned(self) -> None:
+        while True:
+            await self._clock.sleep(SAVE_LEARNED_S)
+            try:
+                await self.save_learned()
+            except Exception:  # loop iteration boundary
+                log.exception("learned.not_saved")
+
+    async def save_learned(self) -> None:
+        """What jobs have shown of their shapes since the last time."""
+        changed, forgotten = self.learned.take_changes()
+        for row in changed:
+            await self._store.put(row)
+        for row_id in forgotten:
+            await self._store.drop(LearnedRow, row_id)
 
     async def _refill(self) -> None:
         await self._numbers.refill()

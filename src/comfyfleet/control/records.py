@@ -149,6 +149,15 @@ class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
     body: str
 
 
+class LearnedRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Costs of the last jobs of one workflow shape at one endpoint, oldest first. id: "endpoint:shape"."""
+
+    id: str
+    endpoint_id: int
+    shape: str
+    costs: tuple[float, ...]
+
+
 class DecisionRow(msgspec.Struct, frozen=True, kw_only=True):
     """One scaling decision with its inputs: enough to replay it. `inputs` and `outcome` are JSON."""
 
@@ -177,7 +186,7 @@ class UsageRow(msgspec.Struct, frozen=True, kw_only=True):
     workergroup_id: int
     worker_id: int
     scope: str
-    kind: str  # gpu | storage | job
+    kind: str  # gpu | storage: of a worker; job | request: of a key
     started_at: float
     seconds: float
     price: float

@@ -7,18 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import structlog
 
 from comfyfleet.clock import Clock
 from comfyfleet.control.desk import Desk
 from comfyfleet.control.learned_cost import LearnedCost
+from comfyfleet.control.limits import Limits
 from comfyfleet.control.placements import finished_entries
 from comfyfleet.control.scores import Scores
+from comfyfleet.control.worker import Worker
 from comfyfleet.control.worker_states import WorkerState
 from comfyfleet.control.workers import Workers
-from comfyfleet.wire.workers import FinishedRequests, WorkerStatusReport
+from comfyfleet.wire.workers import FinishedRequest, FinishedRequests, WorkerStatusReport
 
 log = structlog.get_logger()
+
+
+class KeyUse(msgspec.Struct, frozen=True, kw_only=True):
+    """A key's request took a worker's GPU for so many seconds, until then."""
+
+    worker: Worker
+    scope: str
+    seconds: float
+    until: float
 
 
 class Reports:
@@ -31,9 +43,12 @@ class Reports:
         desk: Desk,
         scores: Scores,
         learned: LearnedCost,
+        limits: Limits,
         clock: Clock,
         kick: Callable[[], None],
     ) -> None:
+        self.used: Callable[[KeyUse], None] = lambda use: None  # the ledger listens here
+        self._limits = limits
         self._workers = workers
         self._desk = desk
         self._scores = scores
@@ -45,8 +60,6 @@ class Reports:
         """Raises Unauthorized, Fenced; nothing has changed then."""
         folded = self._workers.report(report, self._clock.now())
         before, after = folded.before, folded.after
-        for result in report.results:
-            self._learn(after.endpoint_id, after.id, result)
         if after.state is not before.state:
             log.info(
                 "worker.state", worker=after.id, before=str(before.state), now=str(after.state), why=after.error_msg
@@ -64,21 +77,29 @@ class Reports:
         load = self._workers.load(worker.id)
         for entry in finished_entries(report):
             booking = load.booking(entry.request_idx)
-            seconds = entry.work_completed_at - entry.work_started_at
-            ran = entry.success and entry.status == "Success" and entry.work_started_at > 0 and seconds > 0
-            if booking is not None and ran and booking.cost > 0:
-                self._scores.ran(worker, cost=booking.cost, seconds=seconds)
-                ticket = self._desk.queue.get(entry.request_idx)
-                if ticket is not None:
-                    self._learned.learn(worker.endpoint_id, ticket.shape, seconds=seconds, score=worker.measured_perf)
+            if booking is not None:
+                self._ran(worker, entry, booking.cost)
         self._desk.finished(worker, report)
         self._judge(worker.endpoint_id)
 
-    def _learn(self, endpoint_id: int, worker_id: int, result: dict[str, object]) -> None:
-        worker = self._workers.get(worker_id)
-        shape, seconds = result.get("shape"), result.get("seconds")
-        if worker is not None and isinstance(shape, str) and isinstance(seconds, int | float):
-            self._learned.learn(endpoint_id, shape, seconds=float(seconds), score=worker.measured_perf)
+    def _ran(self, worker: Worker, entry: FinishedRequest, cost: float) -> None:
+        """A request is over that was booked there: what its time says of the worker, of its shape, and of its key."""
+        # A worker of ours says what its engine took, and 0 where the engine's cache answered.
+        seconds = entry.seconds if entry.shape else entry.work_completed_at - entry.work_started_at
+        if seconds <= 0 or entry.work_started_at <= 0 or entry.status == "Cancelled":
+            return
+        ticket = self._desk.queue.get(entry.request_idx)
+        scope = entry.scope or (ticket.scope if ticket is not None else "")
+        if scope and ticket is not None and not ticket.held:  # a durable job is accounted by who holds its lease
+            now = self._clock.now()
+            self._limits.used_seconds(scope, seconds, now)
+            self.used(KeyUse(worker=worker, scope=scope, seconds=seconds, until=now))
+        if not entry.success or entry.status != "Success" or cost <= 0:
+            return
+        if not entry.loaded:
+            self._scores.ran(worker, cost=cost, seconds=seconds)
+        shape = entry.shape or (ticket.shape if ticket is not None else "")
+        self._learned.learn(worker.endpoint_id, shape, seconds=seconds, score=worker.measured_perf, loaded=entry.loaded)
 
     def _judge(self, endpoint_id: int) -> None:
         """Compare same-GPU peers; put the corrected score and the flag on each worker."""

@@ -1,7 +1,8 @@
-"""The requests that asked for a worker: one record each, and a first-in-first-out line per endpoint.
+"""The requests that asked for a worker: one record each, and per endpoint and key a first-in-first-out line.
 
-A record outlives its answer, because the public client comes back with the same `request_idx` after a failure. The
-line is ordered by arrival, and a request that comes back takes its old place in it. No decisions here (`desk`).
+A record outlives its answer, because the public client comes back with the same `request_idx` after a failure. A line
+is ordered by arrival, and a request that comes back takes its old place in it. Durable jobs stand in a line of their
+own, since a key's rate limit held them up before they were accepted. No decisions here (`desk`, `turns`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
+from typing import NamedTuple
 
 import anyio
 
@@ -59,6 +61,10 @@ class RouteTicket:
     avoided: set[int] = field(default_factory=set)
     changed: anyio.Event | None = None
 
+    @property
+    def lane(self) -> Lane:
+        return Lane(self.scope, self.held)
+
     def to(self, phase: Phase, now: float) -> None:
         """Next phase; wakes who waits for one."""
         self.phase = phase
@@ -74,14 +80,29 @@ class RouteTicket:
         return set(self.excluded)
 
 
+class Lane(NamedTuple):
+    """One line: a key's requests, or (held) a key's durable jobs."""
+
+    scope: str
+    held: bool
+
+
+@dataclass(slots=True, kw_only=True)
+class Line:
+    """Waiting tickets of one lane, as a heap of (order, request_idx); entries of others are dropped when met."""
+
+    heap: list[tuple[int, int]] = field(default_factory=list)
+    count: int = 0
+    cost: float = 0.0
+
+
 class RouteQueue:
-    """All tickets, and the waiting ones in order per endpoint."""
+    """All tickets, and the waiting ones in order per endpoint and lane."""
 
     def __init__(self) -> None:
         self._tickets: dict[int, RouteTicket] = {}
-        self._lines: dict[int, list[tuple[int, int]]] = {}
+        self._lines: dict[int, dict[Lane, Line]] = {}
         self._waiting: dict[int, int] = {}
-        self._waiting_cost: dict[int, float] = {}
         self._deadlines: list[tuple[float, int]] = []
         self.granted: set[int] = set()  # booked, and not told yet
 
@@ -110,8 +131,7 @@ class RouteQueue:
     def leave(self, ticket: RouteTicket, phase: Phase, worker_id: int, now: float) -> None:
         """Out of the line (its heap entry is dropped when it is met)."""
         if ticket.phase is Phase.WAITING:
-            self._waiting[ticket.endpoint_id] -= 1
-            self._waiting_cost[ticket.endpoint_id] -= ticket.want.cost
+            self._uncount(ticket)
         if phase is Phase.GRANTED:
             self.granted.add(ticket.request_idx)
         else:
@@ -122,43 +142,40 @@ class RouteQueue:
     def waiting_count(self, endpoint_id: int) -> int:
         return self._waiting.get(endpoint_id, 0)
 
-    def waiting_cost(self, endpoint_id: int) -> float:
-        return self._waiting_cost.get(endpoint_id, 0.0) if self.waiting_count(endpoint_id) else 0.0
+    def lanes(self, endpoint_id: int) -> list[Lane]:
+        """Those with somebody waiting."""
+        return [lane for lane, line in self._lines.get(endpoint_id, {}).items() if line.count]
 
-    def line(self, endpoint_id: int) -> Iterator[RouteTicket]:
+    def waiting_in(self, endpoint_id: int, lane: Lane) -> tuple[int, float]:
+        """(requests, load units) of one lane."""
+        line = self._lines.get(endpoint_id, {}).get(lane)
+        return (line.count, line.cost) if line is not None and line.count else (0, 0.0)
+
+    def line(self, endpoint_id: int, lane: Lane) -> Iterator[RouteTicket]:
         """Take waiting tickets from the front, one by one; the caller puts back those that go on waiting."""
-        heap = self._lines.get(endpoint_id, [])
-        while heap:
-            order, request_idx = heapq.heappop(heap)
+        line = self._lines.get(endpoint_id, {}).get(lane)
+        while line is not None and line.heap:
+            order, request_idx = heapq.heappop(line.heap)
             ticket = self._tickets.get(request_idx)
             if ticket is not None and ticket.phase is Phase.WAITING and ticket.order == order:
                 yield ticket
 
-    def peek(self, endpoint_id: int, count: int) -> list[RouteTicket]:
-        """The next waiting tickets, in order, left where they are."""
-        found = list(islice(self.line(endpoint_id), count))
+    def peek(self, endpoint_id: int, lane: Lane, count: int) -> list[RouteTicket]:
+        """The next waiting tickets of a lane, in order, left where they are."""
+        found = list(islice(self.line(endpoint_id, lane), count))
         for ticket in found:
             self.put_back(ticket)
         return found
 
     def put_back(self, ticket: RouteTicket) -> None:
         """A ticket taken by `line` that still waits."""
-        heapq.heappush(self._lines[ticket.endpoint_id], (ticket.order, ticket.request_idx))
+        line = self._lines[ticket.endpoint_id][ticket.lane]
+        heapq.heappush(line.heap, (ticket.order, ticket.request_idx))
 
     def oldest_arrival(self, endpoint_id: int) -> float | None:
-        """When the first of the line arrived; None if nobody waits."""
-        for ticket in self.line(endpoint_id):
-            self.put_back(ticket)
-            return ticket.arrived_at
-        return None
-
-    def place(self, ticket: RouteTicket) -> int:
-        """How many wait before it (the front is 0). Costs one pass over the line."""
-        return sum(
-            1
-            for order, idx in self._lines.get(ticket.endpoint_id, [])
-            if order < ticket.order and (other := self._tickets.get(idx)) is not None and other.phase is Phase.WAITING
-        )
+        """When the longest waiting of those at the front of their lines arrived; None if nobody waits."""
+        fronts = (ticket for lane in self.lanes(endpoint_id) for ticket in self.peek(endpoint_id, lane, 1))
+        return min((ticket.arrived_at for ticket in fronts), default=None)
 
     def expire(self, now: float, is_running: Callable[[RouteTicket], bool]) -> list[RouteTicket]:
         """Forget tickets nobody asks for any more; returns the waiting and granted ones that were dropped."""
@@ -178,13 +195,25 @@ class RouteQueue:
             self.granted.discard(request_idx)
             if is_open:
                 if ticket.phase is Phase.WAITING:
-                    self._waiting[ticket.endpoint_id] -= 1
-                    self._waiting_cost[ticket.endpoint_id] -= ticket.want.cost
+                    self._uncount(ticket)
                 dropped.append(ticket)
         return dropped
 
     def _enter(self, ticket: RouteTicket) -> None:
         self._waiting[ticket.endpoint_id] = self._waiting.get(ticket.endpoint_id, 0) + 1
-        self._waiting_cost[ticket.endpoint_id] = self._waiting_cost.get(ticket.endpoint_id, 0.0) + ticket.want.cost
-        line = self._lines.setdefault(ticket.endpoint_id, [])
-        heapq.heappush(line, (ticket.order, ticket.request_idx))
+        lines = self._lines.setdefault(ticket.endpoint_id, {})
+        line = lines.get(ticket.lane)
+        if line is None:
+            line = lines[ticket.lane] = Line()
+        line.count += 1
+        line.cost += ticket.want.cost
+        heapq.heappush(line.heap, (ticket.order, ticket.request_idx))
+
+    def _uncount(self, ticket: RouteTicket) -> None:
+        """It waits no more."""
+        self._waiting[ticket.endpoint_id] -= 1
+        line = self._lines[ticket.endpoint_id][ticket.lane]
+        line.count -= 1
+        line.cost -= ticket.want.cost
+        if not line.count:
+            del self._lines[ticket.endpoint_id][ticket.lane]

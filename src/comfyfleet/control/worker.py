@@ -57,7 +57,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     cur_load_average: float = 0.0
     rates: Rates = Rates()
     disk_usage: float = 0.0
-    warm_models: tuple[str, ...] = ()
+    warm_models: tuple[str, ...] | None = None  # None: it does not say
     gpu_name: str = ""
     version: str = ""
     stage: str = ""
@@ -92,7 +92,7 @@ def to_state(worker: Worker, wanted: WorkerState, now: float) -> Worker:
     elif state is WorkerState.ERROR:
         changes.update(failures=worker.failures + 1)
     elif state is WorkerState.STOPPED:
-        changes.update(intent="", url="", cur_load=0.0, rates=Rates(), warm_models=(), last_report_at=0.0)
+        changes.update(intent="", url="", cur_load=0.0, rates=Rates(), warm_models=None, last_report_at=0.0)
     return msgspec.structs.replace(worker, **changes)
 
 
@@ -124,7 +124,7 @@ def fold_report(worker: Worker, report: WorkerStatusReport, now: float) -> Worke
         cur_load_average=worker.cur_load_average * (1 - _AVERAGE_WEIGHT) + report.cur_load * _AVERAGE_WEIGHT,
         rates=rates,
         disk_usage=report.disk_usage or worker.disk_usage,
-        warm_models=report.warm_models or worker.warm_models,
+        warm_models=worker.warm_models if report.warm_models is None else report.warm_models,
         gpu_name=report.gpu_name or worker.gpu_name,
         version=report.version or worker.version,
         stage=report.stage or worker.stage,
@@ -170,6 +170,7 @@ def listed(worker: Worker, requests_working: int) -> dict[str, object]:
         "stage_detail": worker.stage_detail,
         "error_msg": worker.error_msg,
         "flag": worker.flag or worker.own_flag,
+        "warm_models": list(worker.warm_models or ()),
         "reason": "" if worker.state is WorkerState.IDLE else worker.error_msg or worker.stage_detail or worker.stage,
         "endpoint_id": worker.endpoint_id,
         "workergroup_id": worker.group_id,

@@ -7,7 +7,7 @@ One method per thing that can happen to a worker. Values change only by the pure
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterable, KeysView
+from collections.abc import Callable, Iterable, KeysView
 
 import msgspec
 
@@ -21,7 +21,7 @@ QUARANTINE_FIRST_S = 10.0
 QUARANTINE_CAP_S = 300.0
 # A doubted worker's score counts this much less (the documents: more than 20 % slower than its peers).
 FLAGGED_SHARE = 0.75
-# What loading another model into GPU memory costs, roughly: gigabytes at the speed of a disk.
+# What loading another model into GPU memory costs until jobs have shown it: gigabytes at the speed of a disk.
 SWAP_S = 15.0
 
 
@@ -40,6 +40,7 @@ class Workers:
         self._workers: dict[int, Worker] = {}
         self._loads: dict[int, WorkerLoad] = {}
         self._by_endpoint: dict[int, dict[int, WorkerLoad]] = {}
+        self.swap_s_of: Callable[[int], float | None] = lambda endpoint_id: None  # as learned from its jobs
         self._changed: set[int] = set()
         self._gone: set[int] = set()
 
@@ -144,9 +145,9 @@ class Workers:
             working_count=report.num_requests_working,
             now=now,
         )
-        load.warm = frozenset(after.warm_models)
+        load.warm = frozenset(after.warm_models or ())
         # Only a worker that says what it has warm can be asked to keep it.
-        load.swap_s = SWAP_S if after.warm_models else 0.0
+        load.swap_s = 0.0 if after.warm_models is None else self.swap_s_of(after.endpoint_id) or SWAP_S
         self.put(after, now)
         return Folded(before=before, after=after, adopted=tuple(adopted))
 

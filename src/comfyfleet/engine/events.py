@@ -96,9 +96,13 @@ Emit = Callable[[Event], None]
 
 
 class RunOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """How a run ended. `outputs` holds the ui of every node of the prompt that has one, asked for or not."""
+    """How a run ended. `outputs` holds the ui of every node of the prompt that has one, asked for or not.
+
+    resident_models: model files that have something in memory now.
+    """
 
     status: Literal["success", "error", "interrupted"]
     outputs: dict[str, Ui]
     miniature: bool = False
+    resident_models: tuple[str, ...] = ()
     failure: RunFailed | None = None

@@ -226,6 +226,7 @@ class _Run:
         self._bring_models(node.declaration, inputs)
         self._written = []
         given = node.function(self, **inputs)
+        self._note_models(node.declaration, inputs, given)
         if isinstance(given, Shown):
             ui = {name: list(values) for name, values in given.ui.items()}
             return Result(outputs=given.outputs, ui=ui, files=tuple(self._written))
@@ -235,8 +236,23 @@ class _Run:
         """A node that takes a model and does not hand one on is about to compute with it."""
         for name, declared in declaration.inputs.items():
             if declared.kind in MODEL_KINDS and declared.kind not in declaration.outputs and name in inputs:
-                model = inputs[name]
-                self._owner.residency.use(model.network if isinstance(model, DiffusionModel) else model)
+                self._owner.residency.use(_weights(inputs[name]))
+
+    def _note_models(self, declaration: Declaration, inputs: Mapping[str, Any], given: Any) -> None:
+        """A loader's models are known by their files; one that a loader changed (a LoRA) by both."""
+        files = {
+            str(inputs[name])
+            for name, declared in declaration.inputs.items()
+            if isinstance(declared.options, ModelFiles)
+        }
+        if not files or not isinstance(given, tuple):
+            return
+        residency = self._owner.residency
+        for kind, value in zip(declaration.outputs, given, strict=False):
+            if kind in MODEL_KINDS:
+                before = [inputs[name] for name, of in declaration.inputs.items() if of.kind == kind]
+                inherited = {file for model in before for file in residency.files_of(_weights(model))}
+                residency.came_from(_weights(value), files | inherited)
 
     def _failure(self, node_id: str, class_type: str, inputs: Mapping[str, Any], error: Exception) -> events.RunFailed:
         kind, message = describe_error(error)
@@ -257,6 +273,7 @@ class _Run:
             status=status,
             outputs={node_id: self._shown[node_id] for node_id in self._job.graph if node_id in self._shown},
             miniature=self._used_miniature(),
+            resident_models=self._owner.residency.files(),
             failure=failure,
         )
 
@@ -299,3 +316,8 @@ class _Run:
         except OSError:
             pass  # the file is gone: its node will say so when it runs, and nothing cached can match
         return ""
+
+
+def _weights(model: Any) -> Any:
+    """What of a model value is in memory: every copy of a MODEL that a patching node made shares it."""
+    return model.network if isinstance(model, DiffusionModel) else model

@@ -7,6 +7,7 @@ holds any more are forgotten by themselves.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import psutil
@@ -35,6 +36,7 @@ class Residency:
         self._compile_backend = compile_backend
         self._budget_bytes = budget_bytes
         self._resident: dict[int, weakref.ref[Any]] = {}  # by identity, least recently used first
+        self._files: dict[int, tuple[weakref.ref[Any], frozenset[str]]] = {}  # by identity
 
     def use(self, model: Movable) -> None:
         """Bring a model to the device, making room for it first."""
@@ -49,6 +51,20 @@ class Residency:
         if self._compile_backend is not None and isinstance(model, Compilable):
             model.compile_with(self._compile_backend)
         self._resident[id(model)] = weakref.ref(model)
+
+    def came_from(self, model: Any, files: Iterable[str]) -> None:
+        """A loader made this model of those files."""
+        self._files = {key: known for key, known in self._files.items() if known[0]() is not None}
+        self._files[id(model)] = (weakref.ref(model), frozenset(files))
+
+    def files_of(self, model: Any) -> frozenset[str]:
+        """Of a model that a loader made; empty for others."""
+        known = self._files.get(id(model))
+        return known[1] if known is not None and known[0]() is model else frozenset()
+
+    def files(self) -> tuple[str, ...]:
+        """Files with a model on the device, sorted."""
+        return tuple(sorted({file for _, model in self._living() for file in self.files_of(model)}))
 
     @property
     def size_bytes(self) -> int:

@@ -1,7 +1,8 @@
 """A workflow's shape: a digest of what makes it take long. Two runs of one shape take about the same time.
 
-In it: node types, links, numbers and short options (steps, sizes, sampler names, model files). Not in it: texts, seeds
-and file prefixes. Router and worker learn durations by it; models named by a workflow are found here as well.
+In it: node types, links, numbers and short options (steps, sizes, sampler names, model files). Not in it: texts, seeds,
+file prefixes and the names of input files. Router and worker learn durations by it; models named by a workflow are
+found here as well.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import msgspec
 
 from comfyfleet.wire.workflow import Graph, is_link
 
-_NO_COST = frozenset({"seed", "noise_seed", "filename_prefix", "text", "tags", "lyrics", "color", "prompt"})
+_NO_COST = frozenset(
+    {"seed", "noise_seed", "filename_prefix", "text", "tags", "lyrics", "color", "prompt", "image", "audio", "video"}
+)
 _SHORT = 128
 _MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".sft")
 _encode = msgspec.json.Encoder(order="sorted").encode

@@ -39,15 +39,18 @@ class WorkerStatusReport(msgspec.Struct, frozen=True, kw_only=True):
     stage_seconds: dict[str, float] = {}
     gpu_name: str = ""
     gpu: dict[str, Any] = {}
-    warm_models: tuple[str, ...] = ()
+    warm_models: tuple[str, ...] | None = None  # in the engine's memory; None: it cannot say
     engine_version: str = ""
     draining: bool = False
     is_flagged: str = ""  # why this worker's score is doubted, or ""
-    results: tuple[dict[str, Any], ...] = ()  # measured: {shape, seconds, cost} of jobs finished since
 
 
 class FinishedRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One entry of `/delete_requests/`: status is Success, Error, Rejected or Cancelled. Times: epoch s, 0 = never."""
+    """One entry of `/delete_requests/`: status is Success, Error, Rejected or Cancelled. Times: epoch s, 0 = never.
+
+    The last four are ours. seconds: what the engine took, 0 where it did not say. shape: of the workflow. loaded: its
+    models were not in memory when it began. scope: the key's, from the ticket, so a restarted control plane knows too.
+    """
 
     request_idx: int
     success: bool = True
@@ -55,6 +58,10 @@ class FinishedRequest(msgspec.Struct, frozen=True, kw_only=True):
     entered_queue_at: float = 0.0
     work_started_at: float = 0.0
     work_completed_at: float = 0.0
+    seconds: float = 0.0
+    shape: str = ""
+    loaded: bool = False
+    scope: str = ""
 
 
 class FinishedRequests(msgspec.Struct, frozen=True, kw_only=True):

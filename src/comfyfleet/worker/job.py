@@ -121,6 +121,7 @@ class Job:
     adopted: bool = False  # the engine had its prompt already when this process started
     cached_nodes: tuple[str, ...] = ()
     engine_s: float | None = None  # from the engine's start of the prompt to its success; None where it came from cache
+    loaded: bool = False  # its models were not in the engine's memory before
     stamps: dict[str, float] = field(default_factory=dict)
     events: EventLog = field(default_factory=EventLog)
     inputs: tuple[InputFile, ...] = ()

@@ -21,6 +21,7 @@ from comfyfleet.ids import Ids
 from comfyfleet.wire.errors import DiskFull, EngineUnavailable, FleetError, JobFailed
 from comfyfleet.wire.generation import GenerateInput, OutputEntry
 from comfyfleet.wire.jobs import RunStatus
+from comfyfleet.wire.shapes import models_of
 from comfyfleet.wire.workflow import Graph
 from comfyfleet.worker import answer
 from comfyfleet.worker.engines.client import EngineGone, HistoryEntry
@@ -135,7 +136,7 @@ class Pipeline:
                     log.info("engine.pull_failed", engine=slot.name, error=str(gone))
                 else:
                     if not missing:
-                        self._learn(job, graph, watch, end.entry)
+                        self._learn(job, graph, watch, end.entry, slot)
                         return end.entry, folders
                     # A cached repeat whose files are gone: the same nodes again, past the cache.
                     fault = Fault(kind=FaultKind.OUTPUTS_GONE, message="the engine's files are gone", details={})
@@ -220,6 +221,7 @@ class Pipeline:
         if remedy is Remedy.FREE_AND_RETRY:
             try:
                 await slot.client.free()
+                slot.warm = frozenset()
             except EngineGone:
                 log.info("engine.free_failed", engine=slot.name)
         if remedy in (Remedy.FAIL, Remedy.RESTART_AND_FAIL):
@@ -268,9 +270,14 @@ class Pipeline:
 
         return tell
 
-    def _learn(self, job: Job, graph: Graph, watch: PromptWatch, entry: HistoryEntry) -> None:
+    def _learn(self, job: Job, graph: Graph, watch: PromptWatch, entry: HistoryEntry, slot: EngineSlot) -> None:
         if answer.was_reused(entry):
             return
+        needed = frozenset(models_of(graph))
+        job.loaded = not needed <= slot.warm
+        # The embedded engine says what is in its memory; of a ComfyUI it is known what it computed with last.
+        resident = entry.meta.get("resident_models")
+        slot.warm = frozenset(map(str, resident)) if isinstance(resident, list) else needed
         start, end = entry.message("execution_start"), entry.message("execution_success")
         if start and end:
             job.engine_s = max(0.0, (end["timestamp"] - start["timestamp"]) / 1000)

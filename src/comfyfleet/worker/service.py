@@ -244,6 +244,10 @@ class JobService:
         """A live or recent job by its key."""
         return self._book.by_key(scope, key)
 
+    def warm_models(self) -> tuple[str, ...]:
+        """Model files that some engine has in its memory, as far as is known; sorted."""
+        return tuple(sorted({name for slot in self.engines for name in slot.warm}))
+
     def engine_version(self) -> str:
         """What the first engine says it is; "" before it answered."""
         return next((slot.version for slot in self._pool.slots if slot.version), "")

@@ -54,7 +54,7 @@ def test_a_made_key_has_its_scopes_its_endpoints_and_its_end(ring, clock):
         principal.demand("manage")
     with pytest.raises(NotFound):
         principal.demand("jobs", 2)
-    assert ring.weight(principal.scope) == 3
+    assert ring.limits(principal.scope).weight == 3
     clock.jump(60)
     with pytest.raises(Unauthorized, match="expired"):
         ring.principal(SECRET)

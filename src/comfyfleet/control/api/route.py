@@ -7,6 +7,8 @@ worker sooner; the client gives up on one after 10 s.
 
 from __future__ import annotations
 
+import math
+
 import anyio
 import msgspec
 import structlog
@@ -135,7 +137,10 @@ class RouteApi:
             taken = msgspec.structs.replace(taken, request_idx=ticket.request_idx)
             left_s = until - self._clock.monotonic()
             if left_s <= 0:
-                return _json(found.answer)
+                response = _json(found.answer)
+                if found.retry_after_s:
+                    response.headers["Retry-After"] = str(math.ceil(found.retry_after_s))
+                return response
             throttled_s = ticket.not_before - self._clock.now()
             if throttled_s > 0:
                 # The throttle holds its own answer however short the hold: a tight loop has to wait for it.

@@ -24,6 +24,7 @@ from comfyfleet.control.records import (
     ApiKey,
     DecisionRow,
     Endpoint,
+    LearnedRow,
     LogRow,
     Template,
     UsageRow,
@@ -32,8 +33,8 @@ from comfyfleet.control.records import (
 )
 from comfyfleet.wire.jobs import JobStatus
 
-Record = Endpoint | Workergroup | Template | ApiKey | AccountVariable | WorkerRow
-R = TypeVar("R", Endpoint, Workergroup, Template, ApiKey, AccountVariable, WorkerRow)
+Record = Endpoint | Workergroup | Template | ApiKey | AccountVariable | WorkerRow | LearnedRow
+R = TypeVar("R", Endpoint, Workergroup, Template, ApiKey, AccountVariable, WorkerRow, LearnedRow)
 
 
 class NameTaken(Exception):

@@ -15,6 +15,7 @@ from comfyfleet.control.records import (
     ApiKey,
     DecisionRow,
     Endpoint,
+    LearnedRow,
     LogRow,
     Template,
     UsageRow,
@@ -37,6 +38,7 @@ KIND: dict[type[Record], str] = {
     ApiKey: "key",
     AccountVariable: "variable",
     WorkerRow: "worker",
+    LearnedRow: "learned",
 }
 KEEP_DECISIONS = 10_000
 

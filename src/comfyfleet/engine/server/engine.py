@@ -159,6 +159,7 @@ class Engine:
             outputs=outcome.outputs if outcome else {},
             success=outcome is not None and outcome.status == "success",
             miniature=outcome is not None and outcome.miniature,
+            resident_models=outcome.resident_models if outcome else (),
         )
         self.history.add(item.prompt_id, entry)
         self._tried_again.discard(item.prompt_id)

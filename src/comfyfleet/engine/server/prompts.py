@@ -95,13 +95,18 @@ class PromptRecord:
     item: QueuedPrompt
     messages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
-    def entry(self, *, outputs: dict[str, Any], success: bool, miniature: bool) -> dict[str, Any]:
+    def entry(
+        self, *, outputs: dict[str, Any], success: bool, miniature: bool, resident_models: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        """resident_models: files with a model in memory after the run; ours, like `miniature`."""
         meta: dict[str, Any] = {
             node_id: {"node_id": node_id, "display_node": node_id, "parent_node": None, "real_node_id": node_id}
             for node_id in outputs
         }
         if miniature:
             meta["miniature"] = True
+        if resident_models:
+            meta["resident_models"] = list(resident_models)
         return {
             "prompt": self.item.remembered(),
             "outputs": outputs,

@@ -283,6 +283,7 @@ class Agent:
             stage_detail=startup.detail,
             stage_seconds=dict(startup.seconds),
             gpu_name=self._gpu_name,
+            warm_models=self._service.warm_models(),
             gpu={"cards": [msgspec.to_builtins(card) for card in self._machine.cards.facts]},
             engine_version=self._service.engine_version(),
             is_flagged=(measured.flag if measured else "") or (self._drift.flag if self._drift else ""),

@@ -21,6 +21,20 @@ class LoadSums:
     cur_perf: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What a request's run was like. started_at: epoch s, when it left the worker's own queue; 0: it never did.
+
+    seconds: the engine's, 0 where it did not say (its cache answered). loaded: models had to be loaded first.
+    """
+
+    started_at: float
+    seconds: float = 0.0
+    shape: str = ""
+    loaded: bool = False
+    scope: str = ""
+
+
 @dataclass(kw_only=True)
 class LoadBook:
     """Requests in flight by reqnum, and what the control plane has not been told yet."""
@@ -58,7 +72,7 @@ class LoadBook:
         self._rejected += cost
         self._tell(FinishedRequest(request_idx=request_idx, success=False, status="Rejected", entered_queue_at=now))
 
-    def end(self, *, reqnum: int, status: str, now: float) -> None:
+    def end(self, *, reqnum: int, status: str, now: float, run: RunFacts | None = None) -> None:
         """status: Success, Error or Cancelled. Unknown reqnums are ignored (ended before)."""
         entry = self._working.pop(reqnum, None)
         if entry is None:
@@ -69,14 +83,19 @@ class LoadBook:
         else:
             self._done += cost
         if request_idx:
+            run = run or RunFacts(started_at=began)
             self._tell(
                 FinishedRequest(
                     request_idx=request_idx,
                     success=status == "Success",
                     status=status,
                     entered_queue_at=began,
-                    work_started_at=began,
+                    work_started_at=run.started_at,
                     work_completed_at=0.0 if status == "Cancelled" else now,
+                    seconds=run.seconds,
+                    shape=run.shape,
+                    loaded=run.loaded,
+                    scope=run.scope,
                 )
             )
 

@@ -31,7 +31,7 @@ from comfyfleet.web import JsonResponse, sse_frame, worker_error
 from comfyfleet.wire.errors import FleetError, NotFound, Unauthorized, Unavailable, Unprocessable
 from comfyfleet.wire.jobs import RunStatus
 from comfyfleet.wire.tickets import TicketClaims
-from comfyfleet.worker.agent.load_book import LoadBook
+from comfyfleet.worker.agent.load_book import LoadBook, RunFacts
 from comfyfleet.worker.agent.session_routes import SessionRoutes
 from comfyfleet.worker.agent.sessions import Session
 from comfyfleet.worker.agent.startup import Startup
@@ -183,7 +183,14 @@ class TicketedServer:
         self._followed.discard(job)
         http_status = job.finished.http_status if job.finished else 503
         status = {200: "Success", 499: "Cancelled"}.get(http_status, "Error")
-        self._book.end(reqnum=reqnum, status=status, now=self._clock.now())
+        run = RunFacts(
+            started_at=job.stamps.get(RunStatus.GENERATING, 0.0),
+            seconds=job.engine_s or 0.0,
+            shape=job.shape,
+            loaded=job.loaded,
+            scope=job.scope,
+        )
+        self._book.end(reqnum=reqnum, status=status, now=self._clock.now(), run=run)
         if status == "Success":
             self._on_success(job)
         self._on_change()

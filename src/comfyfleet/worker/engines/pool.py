@@ -55,6 +55,7 @@ class EngineSlot:
     bookings: dict[str, Booking] = field(default_factory=dict)
     watches: dict[str, PromptWatch] = field(default_factory=dict)
     version: str = ""  # ComfyUI's, as the engine says
+    warm: frozenset[str] = frozenset()  # model files in its memory, as far as its last prompt showed
     device_faults: int = 0
     restarts: int = 0
     restart_wanted: anyio.Event = field(default_factory=anyio.Event)
@@ -76,6 +77,7 @@ class EngineSlot:
 
     def lose_prompts(self, kind: FaultKind) -> None:
         """The process is gone, and every prompt in it."""
+        self.warm = frozenset()
         for watch in self.watches.values():
             watch.lose(kind)
 
