@@ -2,8 +2,9 @@
 
 SQLite in WAL mode, one writer at a time; writes that wait together share one commit and one sync, in a thread. `write`
 returns when the change survives this process (committed), and with `durable` when it survives a power cut too (synced).
-What is told to anybody is durable first; a prompt id that is only about to be sent is not, since its engine would not
-survive either. Reading uses a connection of the loop's own: look-ups by key cost microseconds.
+A promise (202, a webhook) is durable before it is told. What an open connection waits for, or an engine that would not
+survive either, is committed first and synced at most `_SYNC_WITHIN_S` later: a power cut in between can cost a second
+render, never a job. Reading uses a connection of the loop's own: look-ups by key cost microseconds.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from comfyfleet.worker.job import Finished, Job, RunEvent
 Returned = TypeVar("Returned")
 _MOST_IN_ONE_COMMIT = 256
 _CHECKPOINT_AFTER = 250  # writes, of some four pages each: SQLite's own thousand pages
+_SYNC_WITHIN_S = 0.05
 _encode = msgspec.json.Encoder().encode
 _request_decoder = msgspec.json.Decoder(GenerateInput)
 _events_decoder = msgspec.json.Decoder(list[RunEvent])
@@ -57,6 +59,13 @@ class _Write:
             self.future.set_result(value)
 
 
+class _Sync:
+    """No change: what is committed is to be synced."""
+
+
+_SYNC = _Sync()
+
+
 class Journal:
     """Open it once per worker folder; `close` waits for what is being written."""
 
@@ -64,10 +73,11 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._sealer = sealer
-        self._writes: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._writes: queue.SimpleQueue[_Write | _Sync | None] = queue.SimpleQueue()
         self._log = -1
         self._turn = threading.Lock()  # who writes on `_db`: the thread, or the loop for one quick commit
         self._unmoved = 0  # writes since the last checkpoint
+        self._sync_is_due = False  # something is committed and not synced, and a sync is on its way
         self._db = self._connect()
         self._db.executescript(sql.SCHEMA)
         self._reader = self._connect()
@@ -81,17 +91,18 @@ class Journal:
 
     async def write(self, change: Callable[[sqlite3.Connection], Returned], *, durable: bool = True) -> Returned:
         """Run `change` on the writer's connection and commit; it is undone when it raises. No I/O in it but SQL."""
-        write = _Write(change, durable)
         if not durable and self._writes.empty() and self._turn.acquire(blocking=False):
             # Nothing waits and nothing is synced: the commit takes less than the way to the thread and back.
             try:
                 self._unmoved += 1
-                value, failure = self._alone(write)
+                value, failure = self._alone(change)
             finally:
                 self._turn.release()
+            self._sync_soon(asyncio.get_running_loop())
             if failure is not None:
                 raise failure
             return cast(Returned, value)
+        write = _Write(change, durable)
         self._writes.put(write)
         try:
             found: Returned = await asyncio.shield(write.future)
@@ -100,6 +111,11 @@ class Journal:
             write.future.add_done_callback(lambda future: future.cancelled() or future.exception())
             raise
         return found
+
+    def _sync_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._sync_is_due:
+            self._sync_is_due = True
+            loop.call_later(_SYNC_WITHIN_S, self._writes.put, _SYNC)
 
     def rows(self, statement: str, values: Iterable[Any] = ()) -> list[sqlite3.Row]:
         """Committed rows; for look-ups by an index."""
@@ -140,7 +156,7 @@ class Journal:
             "result": finished.body,
             "events": _encode(job.events.events),
         }
-        return await self.write(lambda db: db.execute(sql.FINISH, values).rowcount == 1)
+        return await self.write(lambda db: db.execute(sql.FINISH, values).rowcount == 1, durable=not job.abandonable)
 
     def open_jobs(self) -> list[Job]:
         """Accepted jobs without an end, oldest first; those whose request cannot be read are left out."""
@@ -207,15 +223,21 @@ class Journal:
             batch = [self._writes.get()]
             while len(batch) < _MOST_IN_ONE_COMMIT and not self._writes.empty():
                 batch.append(self._writes.get())
-            writes = [write for write in batch if write is not None]
+            writes = [write for write in batch if isinstance(write, _Write)]
+            if _SYNC in batch:
+                self._sync_is_due = False  # before the sync: what is committed meanwhile asks for another
             if writes:
                 with self._turn:
                     outcomes = self._commit(writes)
                 self._settle(writes, outcomes)
                 self._unmoved += len(writes)
-                if self._unmoved >= _CHECKPOINT_AFTER:
-                    self._move_log()
-            if len(writes) < len(batch):
+                if not any(write.durable for write in writes):
+                    writes[0].loop.call_soon_threadsafe(self._sync_soon, writes[0].loop)
+            if _SYNC in batch or None in batch:
+                self._sync()
+            if self._unmoved >= _CHECKPOINT_AFTER:
+                self._move_log()
+            if None in batch:
                 return
 
     def _move_log(self) -> None:
@@ -227,7 +249,7 @@ class Journal:
     def _commit(self, writes: list[_Write]) -> list[tuple[Any, BaseException | None]]:
         outcomes: list[tuple[Any, BaseException | None]] = []
         if len(writes) == 1:  # most often: one statement is a transaction of its own
-            return [self._alone(writes[0])]
+            return [self._alone(writes[0].change)]
         try:
             self._db.execute("BEGIN IMMEDIATE")
             for write in writes:
@@ -258,11 +280,11 @@ class Journal:
             return error
         return None
 
-    def _alone(self, write: _Write) -> tuple[Any, BaseException | None]:
+    def _alone(self, change: Callable[[sqlite3.Connection], Any]) -> tuple[Any, BaseException | None]:
         """Without BEGIN and SAVEPOINT: each statement commits by itself. Changes here are single statements, or sets
         of statements that may be applied one by one."""
         try:
-            value = write.change(self._db)
+            value = change(self._db)
         except Exception as error:  # the caller's change, the caller's exception
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
