@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 from collections.abc import MutableMapping
+from functools import lru_cache
 from typing import Any, TextIO
 
 import structlog
@@ -23,11 +24,16 @@ _SECRET_QUERY = re.compile(r"((?:api_key|signature|X-Amz-[A-Za-z]+|token)=)[^&\s
 def mask_secrets(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Replace values under secret-looking keys, and secret query parameters inside text values."""
     for key, value in event.items():
-        if _SECRET_KEY.search(key) and value not in (None, ""):
+        if _names_a_secret(key) and value not in (None, ""):
             event[key] = "***"
         elif isinstance(value, str):
             event[key] = _SECRET_QUERY.sub(r"\1***", value)
     return event
+
+
+@lru_cache(maxsize=1024)  # the keys are those of the source
+def _names_a_secret(key: str) -> bool:
+    return _SECRET_KEY.search(key) is not None
 
 
 def configure(*, level: str = "info", stream: TextIO | None = None) -> None:

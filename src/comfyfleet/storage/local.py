@@ -20,6 +20,7 @@ from comfyfleet.signing import UrlSigner
 from comfyfleet.storage.base import SignedUrl, StorageFailed, checked_key
 
 URL_PREFIX = "/files/"
+DRAFTS = ".drafts"  # under the root; no key begins with a dot
 
 
 class LocalStorage:
@@ -27,6 +28,7 @@ class LocalStorage:
 
     def __init__(self, root: Path, base_url: str, signer: UrlSigner, clock: Clock) -> None:
         self.root = root
+        self.drafts = root / DRAFTS
         self._base_url = base_url.rstrip("/").removesuffix("/files")
         self._signer = signer
         self._clock = clock
@@ -75,30 +77,39 @@ def place(source: Path, target: Path, copy: bool) -> None:
             draft.unlink()
 
 
-def place_bytes(data: bytes, target: Path) -> None:
-    """Make `target` hold these bytes, at once or not at all. Blocking."""
-    folder = os.path.dirname(target)
-    if not os.path.isdir(folder):
-        try:
-            os.mkdir(folder)
-        except FileNotFoundError:
-            os.makedirs(folder, exist_ok=True)
-        except FileExistsError:  # another file of the same job was faster
-            pass
-    draft = f"{folder}/.part-{secrets.token_hex(6)}"
-    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+def place_bytes(data: bytes, target: Path, drafts: Path | None = None) -> None:
+    """Make `target` hold these bytes, at once or not at all. Blocking.
+
+    drafts: a folder on the same disk to write in first. A file's first home decides what its making costs: in a folder
+    as young as the job, ext4 looks a third of a millisecond for a free inode; moving it there afterwards is nothing.
+    """
+    draft = f"{drafts or os.path.dirname(target)}/.part-{secrets.token_hex(6)}"
     try:
+        _write_new(draft, data)
         try:
-            left = memoryview(data)
-            while left:
-                left = left[os.write(handle, left) :]
-        finally:
-            os.close(handle)
-        os.replace(draft, target)
+            os.replace(draft, target)
+        except FileNotFoundError:  # the folder is not there yet
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.replace(draft, target)
     except OSError:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(draft)
         raise
+
+
+def _write_new(path: str, data: bytes) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+        handle = os.open(path, flags, 0o644)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        handle = os.open(path, flags, 0o644)
+    try:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(handle, left) :]
+    finally:
+        os.close(handle)
 
 
 def _remove(path: Path, root: Path) -> None:

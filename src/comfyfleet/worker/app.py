@@ -7,6 +7,7 @@ jobs are left to the journal, engines of ours are stopped.
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -50,6 +51,7 @@ from comfyfleet.worker.machine import Machine, build_machine
 from comfyfleet.worker.pipeline import Stages
 from comfyfleet.worker.service import JobService
 from comfyfleet.worker.stages.fetch_inputs import FetchedInputs
+from comfyfleet.worker.stages.history_files import expected_folders
 from comfyfleet.worker.stages.kit import Kit, KitPlaces, open_kit
 from comfyfleet.worker.stages.store_outputs import missing_files
 from comfyfleet.worker.templates import SHIPPED, Templates
@@ -255,9 +257,10 @@ def _stages(kit: Kit, operator_webhook: str, pulled: Path) -> Stages:
         missing = await pull_outputs(slot.client, entry, folder)
         return {kind: folder / kind for kind in KINDS}, missing
 
-    def expect_outputs(folder: str) -> None:
-        with suppress(OSError):  # storing makes it too, and tells
-            kit.local.path(folder).mkdir(parents=True, exist_ok=True)
+    def expect_outputs(folder: str, graph: Graph) -> None:
+        with suppress(OSError):  # storing makes them too, and tells
+            for below in expected_folders(graph) or {""}:
+                os.makedirs(kit.local.path(folder) / below, exist_ok=True)
 
     async def store_outputs(
         entry: dict[str, Any], folder: str, request: GenerateInput, folders: Mapping[str, Path]

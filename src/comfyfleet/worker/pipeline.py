@@ -50,7 +50,7 @@ class Stages:
 
     fetch_inputs: Callable[[Graph, GenerateInput], Awaitable[FetchedInputs]]
     bring_outputs: Callable[[EngineSlot, dict[str, Any], str], Awaitable[tuple[Mapping[str, Path], set[str]]]]
-    expect_outputs: Callable[[str], None]  # its folder is wanted soon; called while the engine renders
+    expect_outputs: Callable[[str, Graph], None]  # its folders are wanted soon; called while the engine renders
     store_outputs: Callable[[dict[str, Any], str, GenerateInput, Mapping[str, Path]], Awaitable[list[OutputEntry]]]
     check: Callable[[GenerateInput], None]
     resign: Callable[[list[OutputEntry], GenerateInput], Awaitable[None]]
@@ -253,7 +253,7 @@ class Pipeline:
             nonlocal last_at, expected
             if not expected:
                 expected = True
-                self._stages.expect_outputs(job.folder)
+                self._stages.expect_outputs(job.folder, graph)
             if watch.last_heard - last_at < _PROGRESS_EVERY_S or job.status is not RunStatus.GENERATING:
                 return
             last_at = watch.last_heard

@@ -28,6 +28,7 @@ from comfyfleet.worker.service import JobService
 log = structlog.get_logger()
 
 _PING_S = 15.0
+_LOOK_AFTER_S = 0.25
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
 _FALSE = ("0", "false", "no", "off", "")
@@ -75,6 +76,10 @@ class GenerateRoutes:
     async def answer_sync(self, job: Job, headers: Headers, scope: Scope, receive: Receive, send: Send) -> None:
         """Wait for the job and answer; a caller that hangs up stops waiting, the job is the service's business."""
         finished = job.finished
+        if finished is None:
+            # Most short jobs end before anybody need look whether the caller is still there.
+            with anyio.move_on_after(_LOOK_AFTER_S):
+                finished = await self._service.wait(job)
         if finished is None:
             async with anyio.create_task_group() as racers:
                 racers.start_soon(_until_disconnect, receive, racers.cancel_scope)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -56,6 +57,7 @@ class Guard:
                 raise BadRequest("Content-Type must be application/json", header="Content-Type")
 
 
+@lru_cache(maxsize=256)
 def check_same_machine(host: str, origin: str) -> None:
     """Raises Forbidden unless Host is a loopback name and Origin, if there is one, has the same host."""
     if not _is_loopback(_hostname(f"//{host}")):

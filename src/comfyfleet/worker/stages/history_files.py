@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from comfyfleet.wire.workflow import Graph
 
 _PATH_LISTS = frozenset({"result", "3d"})  # 3D previews name a file by its path alone
 _MODEL_SUFFIXES = frozenset({".glb", ".gltf", ".obj", ".fbx", ".stl", ".ply", ".usdz"})
 _MAX_FILES = 5000
+_MAX_FOLDERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,18 @@ class NamedFile:
     subfolder: str = ""
     type: str = "output"
     text: str | None = None
+
+    @cached_property
+    def path(self) -> PurePosixPath | None:
+        """`<subfolder>/<filename>` as a plain relative path, or None for one that tries to leave its folder."""
+        text = f"{self.subfolder}/{self.filename}" if self.subfolder else self.filename
+        text = text.replace("\\", "/")
+        if "\0" in text or text.startswith("/") or (len(text) > 1 and text[1] == ":"):
+            return None
+        parts = [part for part in text.split("/") if part not in ("", ".")]
+        if not parts or ".." in parts or len(text.encode()) > 700:
+            return None
+        return PurePosixPath(*parts)
 
 
 def named_files(entry: Mapping[str, Any]) -> list[NamedFile]:
@@ -69,21 +85,9 @@ def _of_key(node_id: str, key: str, value: object) -> Iterator[NamedFile]:
                 yield NamedFile(node_id=node_id, output_type=key, filename=path.name, subfolder=folder)
 
 
-def relative_path(named: NamedFile) -> PurePosixPath | None:
-    """`<subfolder>/<filename>` as a plain relative path, or None for one that tries to leave its folder."""
-    text = f"{named.subfolder}/{named.filename}" if named.subfolder else named.filename
-    text = text.replace("\\", "/")
-    if "\0" in text or text.startswith("/") or (len(text) > 1 and text[1] == ":"):
-        return None
-    parts = [part for part in text.split("/") if part not in ("", ".")]
-    if not parts or ".." in parts or len(text.encode()) > 700:
-        return None
-    return PurePosixPath(*parts)
-
-
 def located(named: NamedFile, folders: Mapping[str, Path]) -> Path | None:
     """Where the file should be, if its name stays inside the folder of its type. Links are followed by the opener."""
-    relative = relative_path(named)
+    relative = named.path
     root = folders.get(named.type)
     return None if relative is None or root is None else root / relative
 
@@ -100,3 +104,15 @@ def writes_in_place(entry: Mapping[str, Any]) -> bool:
         if isinstance(node, Mapping) and isinstance(node.get("inputs"), Mapping)
         for value in node["inputs"].values()
     )
+
+
+def expected_folders(graph: Graph) -> set[str]:
+    """Sub-folders that a graph's save nodes will very likely write to: those of plain prefixes (`music/song`)."""
+    found = set()
+    for node in graph.values():
+        prefix = node["inputs"].get("filename_prefix")
+        if isinstance(prefix, str) and "/" in prefix and "%" not in prefix:
+            path = NamedFile(node_id="", output_type="", filename=prefix).path
+            if path is not None and len(path.parts) > 1:
+                found.add(str(path.parent))
+    return found if len(found) <= _MAX_FOLDERS else set()

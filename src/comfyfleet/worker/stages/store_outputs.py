@@ -8,12 +8,9 @@ into media run in threads, a few at a time.
 from __future__ import annotations
 
 import base64
-import hashlib
-import os
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +19,15 @@ import anyio.to_thread
 import structlog
 
 from comfyfleet.storage.base import Storage, StorageFailed
-from comfyfleet.storage.local import LocalStorage, place, place_bytes
+from comfyfleet.storage.local import LocalStorage
 from comfyfleet.storage.s3 import PART_BYTES
 from comfyfleet.wire.errors import DiskFull, room_on_disk
 from comfyfleet.wire.generation import GenerateInput, OutputEntry, S3Target
 from comfyfleet.worker.stages.destinations import Destinations
-from comfyfleet.worker.stages.history_files import NamedFile, located, named_files, relative_path, writes_in_place
-from comfyfleet.worker.stages.media import MediaFacts, media_facts, peaks, poster
+from comfyfleet.worker.stages.history_files import NamedFile, located, named_files, writes_in_place
+from comfyfleet.worker.stages.keep_file import POSTER_SUFFIX, StoredFile, is_quick, keep, poster_path
 
 log = structlog.get_logger()
-
-POSTER_SUFFIX = ".poster.jpg"
-# Below this, copying costs less than the care that a shared inode needs.
-COPY_BELOW_BYTES = 4 * 1024 * 1024
-_QUICK_BYTES = 128 * 1024
-_QUICK_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
-_HASH_BYTES = 1024 * 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Stored:
-    size_bytes: int
-    sha256: str
-    facts: MediaFacts
-    has_poster: bool
-    peaks: list[float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +91,13 @@ class StoreOutputs:
             expires_in_s=self._expiry(request),
         )
         full: list[DiskFull] = []
-        async with anyio.create_task_group() as files:
-            for output, one, key in zip(outputs, named, keys, strict=True):
-                output.upload_error = refused
-                if len(outputs) == 1:
-                    await self._store_one(output, one, key, where, full)
-                else:
+        for output in outputs:
+            output.upload_error = refused
+        if len(outputs) == 1:
+            await self._store_one(outputs[0], named[0], keys[0], where, full)
+        else:
+            async with anyio.create_task_group() as files:
+                for output, one, key in zip(outputs, named, keys, strict=True):
                     files.start_soon(self._store_one, output, one, key, where, full)
         if full:
             raise full[0]
@@ -154,11 +136,19 @@ class StoreOutputs:
         target = self._local.path(key)
         try:
             with room_on_disk():
-                keep = partial(_keep, source, named.text, target, where.folders.get(named.type), where.copy)
-                if _is_quick(source):
-                    stored = keep()
+                keeping = partial(
+                    keep,
+                    source,
+                    named.text,
+                    target,
+                    folder=where.folders.get(named.type),
+                    drafts=self._local.drafts,
+                    copy=where.copy,
+                )
+                if is_quick(source):
+                    stored = keeping()
                 else:
-                    stored = await anyio.to_thread.run_sync(keep, limiter=self._threads, abandon_on_cancel=True)
+                    stored = await anyio.to_thread.run_sync(keeping, limiter=self._threads, abandon_on_cancel=True)
         except DiskFull as problem:
             full.append(problem)
             return
@@ -172,7 +162,7 @@ class StoreOutputs:
                 async with self._lanes[where.is_own_store, stored.size_bytes > PART_BYTES]:
                     await remote.put(target, key, media_type=stored.facts.mime, sha256=stored.sha256)
                     if stored.has_poster:
-                        await remote.put(_poster_path(target), key + POSTER_SUFFIX, media_type="image/jpeg")
+                        await remote.put(poster_path(target), key + POSTER_SUFFIX, media_type="image/jpeg")
             except StorageFailed as problem:
                 output.upload_error, remote = str(problem), None
             except Exception:  # the stage boundary: a store's own bug costs the upload, not the job
@@ -222,7 +212,7 @@ def storage_keys(named: Sequence[NamedFile], request_id: str) -> list[str]:
     owner: dict[str, tuple[str, str, str | None]] = {}
     keys = []
     for one in named:
-        relative = relative_path(one)
+        relative = one.path
         if relative is None:
             keys.append("")
             continue
@@ -246,68 +236,7 @@ def missing_files(entry: Mapping[str, Any], folders: Mapping[str, Path]) -> list
     return gone
 
 
-def _is_quick(source: Path | None) -> bool:
-    """A picture so small that the way to a thread and back costs more than the work (half a millisecond)."""
-    if source is None or source.suffix.lower() not in _QUICK_SUFFIXES:
-        return False
-    return source.stat().st_size <= _QUICK_BYTES
-
-
-def _keep(source: Path | None, text: str | None, target: Path, folder: Path | None, copy: bool) -> _Stored:
-    """Place one file at `target` and look at it. Blocking; raises OSError."""
-    data = text.encode() if text is not None else None
-    size = 0
-    if data is None and source is not None and folder is not None:
-        real, size = _contained(source, folder)
-        if size < COPY_BELOW_BYTES:
-            data = real.read_bytes()
-        else:
-            place(real, target, copy)
-    if data is not None:  # small: read once, for all that is to be done with it
-        place_bytes(data, target)
-        size = len(data)
-    facts = media_facts(target, data)
-    picture = poster(target) if facts.kind == "video" else None
-    if picture is not None:
-        place_bytes(picture, _poster_path(target))
-    return _Stored(
-        size_bytes=size,
-        sha256=hashlib.sha256(data).hexdigest() if data is not None else _sha256(target),
-        facts=facts,
-        has_poster=picture is not None,
-        peaks=peaks(target, facts.duration_s) if facts.kind == "audio" else None,
-    )
-
-
-def _contained(source: Path, folder: Path) -> tuple[Path, int]:
-    """The real file and its size. Raises FileNotFoundError for one that a link leads out of the folder."""
-    real = os.path.realpath(source, strict=True)
-    facts = os.stat(real)
-    if not stat.S_ISREG(facts.st_mode) or not real.startswith(_real_folder(folder)):
-        raise FileNotFoundError(source.name)
-    return Path(real), facts.st_size
-
-
-@lru_cache(maxsize=256)
-def _real_folder(folder: Path) -> str:
-    """The folder's real path with its slash; an engine's folders do not move while it runs."""
-    return os.path.join(os.path.realpath(folder), "")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    buffer = bytearray(_HASH_BYTES)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
-
-
-def _poster_path(path: Path) -> Path:
-    return path.with_name(path.name + POSTER_SUFFIX)
-
-
-def _describe(output: OutputEntry, stored: _Stored) -> None:
+def _describe(output: OutputEntry, stored: StoredFile) -> None:
     facts = stored.facts
     output.kind, output.mime = facts.kind, facts.mime
     output.size_bytes, output.sha256 = stored.size_bytes, stored.sha256
