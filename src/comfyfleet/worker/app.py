@@ -259,8 +259,10 @@ def _stages(kit: Kit, operator_webhook: str, pulled: Path) -> Stages:
 
     def expect_outputs(folder: str, graph: Graph) -> None:
         with suppress(OSError):  # storing makes them too, and tells
-            for below in expected_folders(graph) or {""}:
-                os.makedirs(kit.local.path(folder) / below, exist_ok=True)
+            place = kit.local.path(folder)
+            os.mkdir(place)
+            for below in expected_folders(graph):
+                os.makedirs(place / below, exist_ok=True)
 
     async def store_outputs(
         entry: dict[str, Any], folder: str, request: GenerateInput, folders: Mapping[str, Path]

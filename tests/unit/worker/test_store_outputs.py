@@ -19,6 +19,7 @@ from comfyfleet.storage.s3 import S3Storages
 from comfyfleet.testing.clock import FakeClock
 from comfyfleet.wire.generation import GenerateInput, OutputEntry
 from comfyfleet.worker.stages.destinations import Destinations
+from comfyfleet.worker.stages.history_files import expected_folders
 from comfyfleet.worker.stages.store_outputs import StoreOutputs, missing_files
 
 pytestmark = pytest.mark.anyio
@@ -238,3 +239,24 @@ async def test_a_missing_file_says_so_and_the_others_are_kept(engine: AnEngine) 
     assert "not there" in outputs[0].error
     assert outputs[1].url
     assert [one.filename for one in missing_files({"outputs": named}, engine.folders)] == ["gone.png"]
+
+
+def test_the_folders_of_plain_prefixes_are_expected_and_nothing_outside():
+    prefixes = ("music/song", "plain", "a/b/c", "%date%/x", "../up/x", "/abs/x", "twice//x", 7)
+    graph = {str(n): {"class_type": "Save", "inputs": {"filename_prefix": one}} for n, one in enumerate(prefixes)}
+
+    assert expected_folders(graph) == {"music", "a/b", "twice"}
+
+
+async def test_a_link_out_of_the_engines_folder_is_not_kept_and_one_within_it_is(engine: AnEngine, tmp_path: Path):
+    secret = tmp_path / "secret.png"
+    a_picture(secret)
+    a_picture(engine.path("real.png"))
+    engine.path("out.png").symlink_to(secret)
+    engine.path("in.png").symlink_to(engine.path("real.png"))
+    names = [{"filename": name, "subfolder": "", "type": "output"} for name in ("out.png", "in.png")]
+
+    out, inside = await engine.store({"9": {"images": names}})
+
+    assert out.error and not Path(out.local_path).exists()
+    assert inside.sha256 == hashlib.sha256(engine.path("real.png").read_bytes()).hexdigest()

@@ -32,7 +32,7 @@ class NamedFile:
     text: str | None = None
 
     @cached_property
-    def path(self) -> PurePosixPath | None:
+    def path(self) -> str | None:
         """`<subfolder>/<filename>` as a plain relative path, or None for one that tries to leave its folder."""
         text = f"{self.subfolder}/{self.filename}" if self.subfolder else self.filename
         text = text.replace("\\", "/")
@@ -41,7 +41,7 @@ class NamedFile:
         parts = [part for part in text.split("/") if part not in ("", ".")]
         if not parts or ".." in parts or len(text.encode()) > 700:
             return None
-        return PurePosixPath(*parts)
+        return "/".join(parts)
 
 
 def named_files(entry: Mapping[str, Any]) -> list[NamedFile]:
@@ -112,7 +112,6 @@ def expected_folders(graph: Graph) -> set[str]:
     for node in graph.values():
         prefix = node["inputs"].get("filename_prefix")
         if isinstance(prefix, str) and "/" in prefix and "%" not in prefix:
-            path = NamedFile(node_id="", output_type="", filename=prefix).path
-            if path is not None and len(path.parts) > 1:
-                found.add(str(path.parent))
-    return found if len(found) <= _MAX_FOLDERS else set()
+            path = NamedFile(node_id="", output_type="", filename=prefix).path or ""
+            found.add(path.rpartition("/")[0])
+    return found - {""} if len(found) <= _MAX_FOLDERS else set()

@@ -216,7 +216,7 @@ def storage_keys(named: Sequence[NamedFile], request_id: str) -> list[str]:
         if relative is None:
             keys.append("")
             continue
-        what = (one.type, str(relative), one.text)
+        what = (one.type, relative, one.text)
         # A temp file may have an output file's name; then its type, and at last its node, tells them apart.
         for middle in ("", f"{one.type}/", f"node-{one.node_id}/"):
             key = f"{request_id}/{middle}{relative}"
