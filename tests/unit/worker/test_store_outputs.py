@@ -258,5 +258,6 @@ async def test_a_link_out_of_the_engines_folder_is_not_kept_and_one_within_it_is
 
     out, inside = await engine.store({"9": {"images": names}})
 
-    assert out.error and not Path(out.local_path).exists()
+    assert out.error
+    assert not Path(out.local_path).exists()
     assert inside.sha256 == hashlib.sha256(engine.path("real.png").read_bytes()).hexdigest()
