@@ -117,7 +117,7 @@ class Admission:
             sealed = self._vault.seal(msgspec.json.encode(secrets).decode(), SEALED)
         learned = self._learned.cost(endpoint.id, shape) if shape else None
         return Job(
-            id=self._ids.request_id(),
+            id=self._ids.ordered_id(now),
             endpoint_id=endpoint.id,
             scope=principal.scope,
             status=JobStatus.QUEUED,

@@ -7,6 +7,7 @@ Composition only. `open_control` reads what is stored and builds every part; `bu
 from __future__ import annotations
 
 import contextlib
+import gc
 import secrets
 import signal
 import socket
@@ -21,11 +22,13 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.routing import Mount
+from starlette.types import ASGIApp
 
 from comfyfleet.clock import Clock, SystemClock
 from comfyfleet.control.account import Account, WorkerEnvironment, built_in_templates
 from comfyfleet.control.api import account, certificates, endpoints, fleet, insight, templates, workergroups
 from comfyfleet.control.api.calling import ERROR_HANDLERS, Caller
+from comfyfleet.control.api.hot_paths import HotPaths
 from comfyfleet.control.api.jobs import JobApi
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.certificates import CertificateAuthority
@@ -173,8 +176,8 @@ def _open_store(settings: ControlSettings) -> SqlStore:
     return open_sqlite(Path(path) if path else settings.data_dir / "control.sqlite3")
 
 
-def build(control: Control) -> Starlette:
-    """The app: hot routes first, on Starlette; all else on FastAPI, so that `/docs` shows it."""
+def build(control: Control) -> ASGIApp:
+    """The app: hot paths first; all else on FastAPI, so that `/docs` shows it."""
     caller = Caller(control.keyring)
     api = FastAPI(
         title="comfyfleet control plane",
@@ -210,10 +213,11 @@ def build(control: Control) -> Starlette:
         base_url=control.settings.public_url,
     )
     api.include_router(jobs.router())
-    return Starlette(
+    app = Starlette(
         routes=[*control.routing.routes(), *jobs.hot_routes(), Mount("/files", app=control.files), Mount("/", app=api)],
         exception_handlers=ERROR_HANDLERS,
     )
+    return HotPaths(app, {("POST", "/v1/jobs"): jobs.submit})
 
 
 async def run_loops(control: Control) -> None:
@@ -258,6 +262,7 @@ async def serve(settings: ControlSettings, listener: socket.socket) -> None:
                 ssl_keyfile=settings.tls_key,
             )
         )
+        gc.freeze()  # what was built so far stays: no full collection looks at it while somebody waits
         async with anyio.create_task_group() as group:
             group.start_soon(_stop_on_signal, server, control, name="signals")
             group.start_soon(run_loops, control, name="loops")

@@ -18,6 +18,7 @@ from comfyfleet.wire.workflow import Graph, is_link
 _NO_COST = frozenset(
     {"seed", "noise_seed", "filename_prefix", "text", "tags", "lyrics", "color", "prompt", "image", "audio", "video"}
 )
+_NUMBERS = frozenset({int, float, bool})
 _SHORT = 128
 _MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".sft")
 _encode = msgspec.json.Encoder(order="sorted").encode
@@ -26,7 +27,13 @@ _encode = msgspec.json.Encoder(order="sorted").encode
 def shape_of(graph: Graph) -> str:
     """16 hex digits; equal for graphs that differ only in what costs no time."""
     nodes = {
-        node_id: [node["class_type"], {name: _cost(name, value) for name, value in node["inputs"].items()}]
+        node_id: [
+            node["class_type"],
+            {
+                name: value if type(value) in _NUMBERS and name not in _NO_COST else _cost(name, value)
+                for name, value in node["inputs"].items()
+            },
+        ]
         for node_id, node in graph.items()
     }
     return hashlib.sha256(_encode(nodes)).hexdigest()[:16]

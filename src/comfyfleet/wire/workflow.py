@@ -20,7 +20,7 @@ MAX_CHAIN = 900
 
 Graph = dict[str, dict[str, Any]]
 
-_FIT = (str, int, bool, type(None))
+_FIT = frozenset({str, int, bool, type(None)})
 # What JSON gives comes first: asking an abstract class costs ten times as much.
 _OBJECT = (dict, Mapping)
 
@@ -58,20 +58,19 @@ def _parse_node(node_id: str, node: object) -> dict[str, Any]:
             class_type=class_type,
             input="inputs",
         )
+    kept: dict[str, Any] = {}
     for name, given in inputs.items():
-        if reason := unfit_value(given):
+        kept[str(name)] = given
+        if type(given) not in _FIT and not is_link(given) and (reason := unfit_value(given)):
             raise WorkflowRefused(
                 f"node {node_id} ({class_type}), input {name}: {reason}",
                 node_id=node_id,
                 class_type=class_type,
                 input=str(name),
             )
-    rebuilt: dict[str, Any] = {
-        "class_type": class_type,
-        "inputs": {str(name): given for name, given in inputs.items()},
-    }
+    rebuilt: dict[str, Any] = {"class_type": class_type, "inputs": kept}
     meta = node.get("_meta")
-    if isinstance(meta, _OBJECT) and unfit_value(meta) is None:
+    if meta is not None and isinstance(meta, _OBJECT) and unfit_value(meta) is None:
         rebuilt["_meta"] = dict(meta)
     return rebuilt
 
@@ -80,6 +79,8 @@ def unfit_value(value: object, max_depth: int = MAX_DEPTH) -> str | None:
     """Why a JSON value must not be forwarded (too deep, not finite), or None. Never recurses."""
     if type(value) in _FIT:  # nearly every input: the loop below is three times slower
         return None
+    if type(value) is float:
+        return None if math.isfinite(value) else "not a finite number"
     stack: list[tuple[object, int]] = [(value, 1)]
     while stack:
         current, depth = stack.pop()
@@ -110,19 +111,21 @@ def is_link(value: object) -> bool:
 def links(node: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
     """(input name, source node id, output index) of a parsed node."""
     for name, value in node["inputs"].items():
-        if is_link(value):
+        if type(value) not in _FIT and is_link(value):
             yield name, value[0], value[1]
 
 
 def check_acyclic(graph: Graph) -> None:
     """Raises WorkflowRefused naming a node on a cycle, or at the end of a chain longer than MAX_CHAIN."""
-    waiting = {node_id: {source for _, source, _ in links(node) if source in graph} for node_id, node in graph.items()}
     users: dict[str, list[str]] = {}
-    for node_id, sources in waiting.items():
-        for source in sources:
-            users.setdefault(source, []).append(node_id)
+    missing = dict.fromkeys(graph, 0)
+    for node_id, node in graph.items():
+        for value in node["inputs"].values():
+            if type(value) not in _FIT and is_link(value) and value[0] in graph:
+                users.setdefault(value[0], []).append(node_id)
+                missing[node_id] += 1
     length = dict.fromkeys(graph, 1)
-    ready = [node_id for node_id, sources in waiting.items() if not sources]
+    ready = [node_id for node_id, count in missing.items() if not count]
     done = 0
     while ready:
         current = ready.pop()
@@ -130,18 +133,28 @@ def check_acyclic(graph: Graph) -> None:
         if length[current] > MAX_CHAIN:
             raise WorkflowRefused(f"node {current} ends a chain of over {MAX_CHAIN} nodes", node_id=current)
         for user in users.get(current, ()):
-            length[user] = max(length[user], length[current] + 1)
-            waiting[user].discard(current)
-            if not waiting[user]:
+            if length[user] <= length[current]:
+                length[user] = length[current] + 1
+            missing[user] -= 1
+            if not missing[user]:
                 ready.append(user)
     if done < len(graph):
-        on_cycle = _node_on_cycle(waiting)
+        on_cycle = _node_on_cycle(_waiting(graph, missing))
         raise WorkflowRefused(
             f"node {on_cycle} ({graph[on_cycle]['class_type']}) depends on itself: the links form a cycle",
             node_id=on_cycle,
             class_type=graph[on_cycle]["class_type"],
             reason="cycle",
         )
+
+
+def _waiting(graph: Graph, missing: Mapping[str, int]) -> dict[str, set[str]]:
+    """What each node that is left still waits for."""
+    return {
+        node_id: {source for _, source, _ in links(graph[node_id]) if missing.get(source)}
+        for node_id, count in missing.items()
+        if count
+    }
 
 
 def _node_on_cycle(waiting: Mapping[str, set[str]]) -> str:

@@ -159,3 +159,12 @@ ERROR_HANDLERS: dict[Any, Any] = {
     ConnectionLost: database_gone,
     Exception: bug,
 }
+
+
+async def error_response(request: Request, error: Exception) -> Response:
+    """What `ERROR_HANDLERS` makes of an error, for routes that no app stands around."""
+    for kind, handler in ERROR_HANDLERS.items():
+        if isinstance(error, kind):
+            response: Response = await handler(request, error)
+            return response
+    raise error

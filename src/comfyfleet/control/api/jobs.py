@@ -63,11 +63,8 @@ class JobApi:
         self._base_url = base_url
 
     def hot_routes(self) -> list[BaseRoute]:
-        """Submitting and looking, off FastAPI's machinery; `router` documents them."""
-        return [
-            Route("/v1/jobs", _rendered(self.submit), methods=["POST"]),
-            Route("/v1/jobs/{job_id:str}", _rendered(self.show), methods=["GET"]),
-        ]
+        """Looking, off FastAPI's machinery; `router` documents it."""
+        return [Route("/v1/jobs/{job_id:str}", _rendered(self.show), methods=["GET"])]
 
     def router(self) -> APIRouter:
         routes = APIRouter(tags=["jobs"])
@@ -239,12 +236,20 @@ class JobApi:
         }
 
     def _links(self, request: Request, job_id: str) -> dict[str, str]:
-        base = f"{self._base_url or str(request.base_url).rstrip('/')}/v1/jobs/{job_id}"
+        base = f"{self._base_url or _base_url(request)}/v1/jobs/{job_id}"
         return {"status_url": base, "events_url": f"{base}/events", "cancel_url": f"{base}/cancel"}
 
     def _name(self, endpoint_id: int) -> str:
         endpoint = self._catalog.endpoint(endpoint_id)
         return endpoint.endpoint_name if endpoint is not None else str(endpoint_id)
+
+
+def _base_url(request: Request) -> str:
+    """Where the caller found us. Starlette's own answer costs as much as storing a job."""
+    host = request.headers.get("host")
+    if host and not request.scope.get("root_path"):
+        return f"{request.scope['scheme']}://{host}"
+    return str(request.base_url).rstrip("/")
 
 
 def _cursor(text: str) -> tuple[float, str]:

@@ -180,6 +180,11 @@ def _statements(text: str, rows: Sequence[Sequence[Any]]) -> list[tuple[str, Par
     return found
 
 
+def statement_over(text: str, count: int) -> str:
+    """The statement over `count` rows."""
+    return _over(text, count)[0]
+
+
 @lru_cache(maxsize=256)
 def _over(text: str, count: int) -> tuple[str, tuple[str, ...]]:
     """(statement, names of its parameters) over `count` rows: `{(:a, :b)}` becomes `(:a_0, :b_0), (:a_1, :b_1)`."""
