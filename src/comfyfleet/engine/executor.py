@@ -19,6 +19,8 @@ from comfyfleet.engine.failures import OUT_OF_MEMORY, describe_error, shown_valu
 from comfyfleet.engine.folders import EngineFolders
 from comfyfleet.engine.media.pictures import preview_jpeg, whole_png
 from comfyfleet.engine.memory import Residency
+from comfyfleet.engine.models.prompt_weights import EMBEDDING_WORD
+from comfyfleet.engine.models.textual_inversion import files_named
 from comfyfleet.engine.plan import Plan
 from comfyfleet.engine.registry import (
     Declaration,
@@ -309,6 +311,8 @@ class _Run:
     def _file_mark(self, declaration: Declaration, name: str, value: Any) -> str:
         options = declaration.inputs[name].options
         try:
+            if options is None and isinstance(value, str) and EMBEDDING_WORD in value:
+                return "|".join(map(self.folders.state_of, files_named(value, self.folders)))
             if isinstance(options, ModelFiles) and isinstance(value, str):
                 return self.folders.state_of(self.folders.model_path(options.folder, value))
             if isinstance(options, InputFiles) and isinstance(value, str):

@@ -25,7 +25,7 @@ from comfyfleet.engine.models.ace_transformer import (
 )
 from comfyfleet.engine.models.ace_vocoder import AceVocoder
 from comfyfleet.engine.models.checkpoint import Checkpoint
-from comfyfleet.engine.models.prompt_weights import parse, without_embeddings
+from comfyfleet.engine.models.prompt_weights import parse, words_naming_files
 from comfyfleet.engine.models.residency import Precision, Resident, Source
 from comfyfleet.engine.models.umt5 import ACE_USE, Umt5Encoder, open_umt5
 from comfyfleet.engine.sampling.schedules import FlowSigmas
@@ -169,7 +169,7 @@ class AceTextEncoder:
 
         (text:1.2) weights count for tags; in lyrics they only begin a new line, as in ComfyUI.
         """
-        segments = [part for piece in parse(lyrics) for part in without_embeddings(piece.text)]
+        segments = [part for piece in parse(lyrics) for part in words_naming_files(piece.text)]
         tokenizer = self.own_vocabulary or vocabulary
         if tokenizer is None and segments:
             raise LyricVocabularyMissing.here()

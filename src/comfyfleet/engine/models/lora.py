@@ -22,8 +22,15 @@ from comfyfleet.engine.models.checkpoint import Checkpoint
 from comfyfleet.engine.models.layers import LowRank
 from comfyfleet.wire.errors import ModelFileUnusable
 
-DOWN = (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", "_lora.down.weight", ".lora.down.weight")
-UP = (".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", "_lora.up.weight", ".lora.up.weight")
+DOWN = (
+    ".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", "_lora.down.weight", ".lora.down.weight",
+    ".lora_A", ".lora_linear_layer.down.weight",
+)  # fmt: skip
+UP = (
+    ".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", "_lora.up.weight", ".lora.up.weight",
+    ".lora_B", ".lora_linear_layer.up.weight",
+)  # fmt: skip
+MIDDLE = ".lora_mid.weight"
 OTHER_KINDS = (".dora_scale", ".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".oft_blocks", ".oft_diag", ".a1.weight")
 ENDINGS = (*DOWN, *UP, ".alpha", ".diff", ".diff_b")
 
@@ -95,6 +102,8 @@ def read_lora(checkpoint: Checkpoint, model: Checkpoint, names: Mapping[str, str
         down, up = _first(checkpoint, module, DOWN), _first(checkpoint, module, UP)
         if down is not None and up is not None:
             rank = down.shape[0]
+            if f"{module}{MIDDLE}" in checkpoint:
+                down = _through_middle(down, checkpoint.tensor(f"{module}{MIDDLE}"))
             alpha = checkpoint.tensor(f"{module}.alpha").item() if f"{module}.alpha" in checkpoint else rank
             pair = LowRank(down=down.flatten(1), up=up.flatten(1), factor=strength * float(alpha) / rank)
             _check_size(checkpoint, model, target, pair.up.shape[0] * pair.down.shape[1])
@@ -117,6 +126,14 @@ def module_names(parameters: Iterable[str], dotted: Iterable[str], underscored: 
     names = {f"{prefix}{module}": name for prefix in dotted for module, name in plain.items()}
     names |= {prefix + module.replace(".", "_"): name for prefix in underscored for module, name in plain.items()}
     return names
+
+
+def _through_middle(down: Tensor, middle: Tensor) -> Tensor:
+    """A convolution's pair with a core between: down (r, in, 1, 1), middle (r, r, kh, kw) -> (r, in, kh, kw).
+
+    Source: Yeh et al. 2023 (LyCORIS), the Tucker form of LoCon.
+    """
+    return torch.einsum("orhw,ri->oihw", middle.float(), down.flatten(1).float())
 
 
 def _check_size(checkpoint: Checkpoint, model: Checkpoint, parameter: str, found: int) -> None:

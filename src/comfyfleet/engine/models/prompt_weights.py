@@ -6,14 +6,14 @@ is the same for every text encoder: an embedding row moves away from the empty p
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 LEVEL_WEIGHT = 1.1
-EMBEDDING_WORD = re.compile(r"(?:^|(?<=[ \n]))embedding:[^ ]*")
+EMBEDDING_WORD = "embedding:"
 ESCAPED_OPEN, ESCAPED_CLOSE = "\0\2", "\0\1"  # stand for \( and \) while brackets are parsed
 
 
@@ -25,8 +25,20 @@ class Piece:
 
 @dataclass(frozen=True)
 class Token:
+    """`row`: (width,), stands in the place of the id's own row; such a token's id means nothing."""
+
     id: int
     weight: float = 1.0
+    row: Tensor | None = field(default=None, compare=False)
+
+
+# A textual-inversion file by the name in a prompt: (rows, width), or None when there is none.
+FindRows = Callable[[str], Tensor | None]
+
+
+def no_rows(name: str) -> Tensor | None:
+    """There are no such files."""
+    return None
 
 
 def parse(prompt: str) -> list[Piece]:
@@ -80,9 +92,42 @@ def _number(text: str) -> float | None:
         return None
 
 
-def without_embeddings(text: str) -> list[str]:
-    """`embedding:name` names a file of a kind this engine lacks: dropped, as ComfyUI drops a missing one."""
-    return [part for part in EMBEDDING_WORD.split(text) if part]
+def words_and_rows(text: str, find: FindRows = no_rows) -> Iterator[str | Tensor]:
+    """A piece's texts in order, and between them the rows of the files that `embedding:name` names.
+
+    The word begins a piece or follows a space or a line's end, which goes with it. A name that finds nothing is
+    dropped, but for its commas; what follows it up to the next such word has its spaces made single.
+    """
+    for word in words_naming_files(text):
+        if not word.startswith(EMBEDDING_WORD):
+            yield word
+            continue
+        name, *following = word.removeprefix(EMBEDDING_WORD).split() or [""]
+        rest, rows = " ".join(following), find(name)
+        bare = name.strip(",")
+        if rows is None and bare != name:
+            rest, rows = f"{name[len(bare) :]} {rest}", find(bare)
+        if rows is not None:
+            yield rows.reshape(-1, rows.shape[-1])
+        if rest:
+            yield rest
+
+
+def words_naming_files(text: str) -> list[str]:
+    """Cut before each word that names a file; the space or line's end there goes."""
+    first, *others = text.replace(f"\n{EMBEDDING_WORD}", f" {EMBEDDING_WORD}").split(f" {EMBEDDING_WORD}")
+    return [word for word in (first, *(EMBEDDING_WORD + other for other in others)) if word]
+
+
+def ids_and_rows(tokens: list[Token], width: int, padding: int) -> tuple[list[int], list[tuple[int, Tensor]]]:
+    """The ids to embed, and (place, row) for what stands in their stead; rows of another width leave no trace.
+
+    Those were made for another model: ComfyUI drops them too, and pads at the end.
+    """
+    fitting = [token for token in tokens if token.row is None or token.row.shape[-1] == width]
+    ids = [token.id for token in fitting]
+    rows = [(place, token.row) for place, token in enumerate(fitting) if token.row is not None]
+    return ids + [padding] * (len(tokens) - len(fitting)), rows
 
 
 def weigh(rows: Tensor, empty_rows: Tensor, tokens: list[Token]) -> Tensor:

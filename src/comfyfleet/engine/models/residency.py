@@ -42,6 +42,7 @@ class Precision:
     on_cuda: torch.dtype
     round_to: torch.dtype | None = None
     fp8_bias: bool = False
+    never_rounded: tuple[str, ...] = ()  # beginnings of the names of parameters that `round_to` leaves alone
     widen_limit_bytes: int = 2 * 2**30  # on the CPU, models up to this size in float32 are widened once
 
     def compute_dtype(self, device: str) -> torch.dtype:
@@ -106,7 +107,7 @@ def _rounded(stored: Tensor, path: str, name: str, source: Checkpoint, precision
     weight_name = f"{path}.weight"
     if precision.fp8_bias and name == "bias" and f"{path}.scale_weight" in source and source.dtype(weight_name) in FP8:
         return stored.float().to(torch.float8_e4m3fn).float()
-    if precision.round_to is not None and stored.dtype not in FP8:
+    if precision.round_to is not None and stored.dtype not in FP8 and not path.startswith(precision.never_rounded):
         return stored.to(precision.round_to)
     return stored
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from comfyfleet.engine.models.checkpoint import Checkpoint
 from comfyfleet.engine.models.layers import Embedding, Linear, RMSNorm, attention
-from comfyfleet.engine.models.prompt_weights import Token, has_weights, parse, weigh, without_embeddings
+from comfyfleet.engine.models.prompt_weights import Token, has_weights, parse, weigh, words_naming_files
 from comfyfleet.engine.models.residency import FP8, Precision, Resident, Source
 from comfyfleet.engine.values import ConditioningEntry
 from comfyfleet.wire.errors import ModelFileUnusable
@@ -166,7 +166,10 @@ class Umt5Encoder(Resident[Umt5]):
 
 
 class Umt5Tokenizer:
-    """Prompt to ids: each weighted piece is tokenized by itself, one end mark closes the row. Nothing is cut off."""
+    """Prompt to ids: each weighted piece is tokenized by itself, one end mark closes the row. Nothing is cut off.
+
+    `embedding:name` is text here, as in ComfyUI, but for the space before it.
+    """
 
     def __init__(self, model: bytes) -> None:
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -175,7 +178,7 @@ class Umt5Tokenizer:
         found = [
             Token(id, piece.weight)
             for piece in parse(text)
-            for part in without_embeddings(piece.text)
+            for part in words_naming_files(piece.text)
             for id in self._pieces.encode(part)
         ]
         return [*found, Token(END)]

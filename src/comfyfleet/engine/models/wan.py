@@ -33,7 +33,7 @@ DEFAULT_SHIFT = 8.0
 EPS = 1e-6
 
 # fp16, as ComfyUI computes Wan where it can: three more mantissa bits than bf16. Biases of fp8 Linears are e4m3 there.
-PRECISION = Precision(on_cuda=torch.float16, fp8_bias=True)
+PRECISION = Precision(on_cuda=torch.float16, fp8_bias=True, never_rounded=("patch_embedding",))
 
 # Mean and standard deviation of the Wan 2.1 VAE's 16 latent channels (published with the VAE's configuration).
 LATENT_MEAN = (

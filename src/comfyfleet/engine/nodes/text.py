@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from comfyfleet.engine.models.clip_text import ClipEncoder
 from comfyfleet.engine.models.open_file import stop_at_layer
+from comfyfleet.engine.models.textual_inversion import TextualInversions
 from comfyfleet.engine.registry import Input, NodeRegistry, NodeRun, integer, link
 from comfyfleet.engine.values import Conditioning, TextEncoder
 
@@ -24,7 +26,10 @@ NODES = NodeRegistry()
     description="Turns a prompt into what guides a diffusion model.",
 )
 def clip_text_encode(run: NodeRun, *, text: str, clip: TextEncoder) -> tuple[Conditioning]:
-    return ((clip.encode(text),),)
+    entry = (
+        clip.encode(text, TextualInversions(run.folders).find) if isinstance(clip, ClipEncoder) else clip.encode(text)
+    )
+    return ((entry,),)
 
 
 @NODES.node(

@@ -185,3 +185,24 @@ def test_a_text_encoder_alone_can_be_changed(tmp_path):
     _, changed = with_lora(model, open_clip(section), str(tmp_path / "t.safetensors"), 1.0, 1.0)
 
     assert not torch.allclose(changed.encode("sea").embedding, open_clip(section).encode("sea").embedding)
+
+
+def test_a_convolutions_pair_with_a_core_between_is_their_product(tmp_path):
+    place = "lora_unet_input_blocks_1_0_in_layers_2"
+    generator = torch.Generator().manual_seed(3)
+    down, core, up = (
+        torch.randn(*shape, generator=generator) for shape in ((2, 32, 1, 1), (2, 2, 3, 3), (32, 2, 1, 1))
+    )
+    pair = {f"{place}.lora_down.weight": down, f"{place}.lora_mid.weight": core, f"{place}.lora_up.weight": up}
+    save_file(pair | {f"{place}.alpha": torch.tensor(1.0)}, tmp_path / "locon.safetensors")
+    model = open_diffusion(str(SD15), "cpu")
+    before = model.network.network().input_blocks[1][0].in_layers[2].weight
+    picture = torch.randn(1, 32, 5, 5, generator=generator)
+
+    changed, _ = with_lora(model, None, str(tmp_path / "locon.safetensors"), 0.6, 0.0)
+
+    # Three convolutions one after the other are what the one merged convolution adds.
+    after = changed.network.network().input_blocks[1][0].in_layers[2].weight
+    through = torch.nn.functional.conv2d(torch.nn.functional.conv2d(picture, down), core, padding=1)
+    added = torch.nn.functional.conv2d(through, up) * 0.6 * 1.0 / 2
+    assert torch.allclose(torch.nn.functional.conv2d(picture, after - before, padding=1), added, atol=1e-3)

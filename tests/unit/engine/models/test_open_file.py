@@ -62,6 +62,8 @@ def test_a_weight_dtype_rounds_the_weights_on_loading(weight_dtype, stored):
     assert network.key != open_diffusion(WAN, "cpu").network.key
     assert torch.equal(loaded, given.to(stored).float())
     assert not torch.equal(loaded, given.float())
+    patches = network.network().patch_embedding.weight  # this one ComfyUI always holds in float32
+    assert torch.equal(patches, open_checkpoint(WAN).tensor("patch_embedding.weight").float())
 
 
 def test_a_text_encoder_asked_to_stay_on_the_cpu_stays():
