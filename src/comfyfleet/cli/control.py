@@ -22,6 +22,7 @@ from comfyfleet.settings.control import DEFAULT_PORT, control_settings
 @click.option("--database", help="postgresql://… instead of the SQLite file in the data directory.")
 @click.option("--max-workers", type=int, help="At most so many workers on this machine.")
 @click.option("--public-url", help="How workers and callers reach this control plane.")
+@click.option("--advertise-url", help="How the other control planes of a shared database reach this one.")
 @click.option("--tls-cert", type=click.Path(path_type=Path, exists=True), help="PEM certificate chain.")
 @click.option("--tls-key", type=click.Path(path_type=Path, exists=True), help="PEM private key.")
 def command(**given: object) -> None:

@@ -52,6 +52,10 @@ class Account:
             for _, variable in sorted(self._variables.items())
         ]
 
+    def replace(self, variables: Iterable[AccountVariable]) -> None:
+        """All of them anew, as the store has them."""
+        self._variables = {variable.name: variable for variable in variables}
+
     async def set(self, name: str, value: str, *, is_secret: bool = True) -> None:
         """Raises InvalidArguments for a name that is none, or is not the account's to set."""
         if not NAME.fullmatch(name) or is_reserved(name):

@@ -34,12 +34,14 @@ from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.certificates import CertificateAuthority
 from comfyfleet.control.durable import DurablePlane, outreach
 from comfyfleet.control.fleet.local import LocalFleet, LocalSettings
+from comfyfleet.control.forwarding import App
 from comfyfleet.control.keys import ADMIN_PREFIX, Keyring, Vault, secret_file
 from comfyfleet.control.logbook import Logbook
 from comfyfleet.control.management import Management
 from comfyfleet.control.metrics import Metrics
 from comfyfleet.control.plane import RoutingPlane
 from comfyfleet.control.records import AccountVariable, ApiKey, Endpoint, Template, Workergroup
+from comfyfleet.control.sharing import Sharing, agree_on_secrets, is_shared, open_sharing
 from comfyfleet.control.store.store import SqlStore, open_postgres, open_sqlite
 from comfyfleet.ids import Ids, SystemIds
 from comfyfleet.listening import QuietServer, bind
@@ -72,6 +74,7 @@ class Control:
     routing: RoutingPlane
     durable: DurablePlane
     files: Starlette
+    sharing: Sharing | None  # where other control planes may share the database
     admin_key: str
     admin_key_is_new: bool
 
@@ -85,10 +88,13 @@ async def open_control(
     ids = ids or SystemIds()
     folder = settings.data_dir
     folder.mkdir(parents=True, exist_ok=True)
-    admin_key, is_new = secret_file(folder / "admin.key", ids.token(ADMIN_PREFIX).encode())
-    master, _ = secret_file(folder / "master.key", secrets.token_hex(32).encode())
-    files_key = load_or_create_key(folder / "files.key")
+    is_new = not (folder / "admin.key").exists()
+    master = master_key(settings)
     store = _open_store(settings)
+    if is_shared(settings):
+        await agree_on_secrets(settings, store, master, clock, ids)
+    admin_key, _ = secret_file(folder / "admin.key", ids.token(ADMIN_PREFIX).encode())
+    files_key = load_or_create_key(folder / "files.key")
     catalog = Catalog(
         await store.all(Endpoint), await store.all(Workergroup), [*built_in_templates(), *await store.all(Template)]
     )
@@ -96,6 +102,12 @@ async def open_control(
         admin_key=admin_key.decode(), master=master, catalog=catalog, clock=clock, keys=await store.all(ApiKey)
     )
     account = Account(store=store, vault=Vault(master), clock=clock, variables=await store.all(AccountVariable))
+    sharing = None
+    if is_shared(settings):
+        sharing = open_sharing(
+            settings, store=store, catalog=catalog, keyring=keyring, account=account, clock=clock, ids=ids
+        )
+    ownership = sharing.replicas if sharing is not None else None
     routing = RoutingPlane(
         data_dir=folder,
         catalog=catalog,
@@ -105,6 +117,7 @@ async def open_control(
         environment=WorkerEnvironment(catalog, account),
         clock=clock,
         ids=ids,
+        ownership=ownership,
     )
     await routing.load()
     logbook = Logbook(store, clock)
@@ -122,6 +135,7 @@ async def open_control(
             fetcher=fetcher,
             clock=clock,
             ids=ids,
+            ownership=ownership,
         )
         control = Control(
             settings=settings,
@@ -138,16 +152,33 @@ async def open_control(
             routing=routing,
             durable=durable,
             files=files_app(folder / "output", UrlSigner(files_key, clock)),
+            sharing=sharing,
             admin_key=admin_key.decode(),
             admin_key_is_new=is_new,
         )
         try:
-            yield control
+            if sharing is None:
+                yield control
+            else:
+                async with sharing.among_replicas(routing, durable):
+                    yield control
         finally:
             with anyio.CancelScope(shield=True):  # what was said must be saved, whatever ended us
-                await routing.close(keep_workers=False)
+                await routing.close(keep_workers=sharing is not None and bool(sharing.replicas.others()))
                 await logbook.flush()
                 await store.close()
+
+
+def master_key(settings: ControlSettings) -> bytes:
+    """The key that all else is sealed under: the given one, else the file's, made at first start.
+
+    Raises ValueError where both are there and differ.
+    """
+    given = settings.master_key.strip().encode()
+    master, _ = secret_file(settings.data_dir / "master.key", given or secrets.token_hex(32).encode())
+    if given and given != master:
+        raise ValueError(f"COMFYFLEET_MASTER_KEY is not what {settings.data_dir / 'master.key'} holds")
+    return master
 
 
 def _provider(settings: ControlSettings, clock: Clock) -> LocalFleet | None:
@@ -200,6 +231,7 @@ def build(control: Control) -> ASGIApp:
             store=control.store,
             metrics=control.metrics,
             caller=caller,
+            condition=control.sharing.health if control.sharing is not None else dict,
         )
     )
     api.include_router(fleet.router(provider=control.routing.provider, workers=workers, caller=caller))
@@ -226,6 +258,19 @@ async def run_loops(control: Control) -> None:
         group.start_soon(control.logbook.run, name="logbook")
         group.start_soon(control.routing.run, name="routing")
         group.start_soon(control.durable.run, name="durable jobs")
+        if control.sharing is not None:
+            group.start_soon(control.sharing.run, name="sharing")
+
+
+@contextlib.asynccontextmanager
+async def door(control: Control) -> AsyncIterator[App]:
+    """The app as callers meet it: itself, or behind what passes requests to the replica that can answer."""
+    app = build(control)
+    if control.sharing is None:
+        yield app
+    else:
+        async with control.sharing.door(app, control.store, control.catalog, control.routing) as forwarding:
+            yield forwarding
 
 
 def listen(settings: ControlSettings) -> socket.socket:
@@ -241,7 +286,7 @@ async def serve(settings: ControlSettings, listener: socket.socket) -> None:
     """Run until SIGTERM or SIGINT; returns when everything is saved."""
     # The store's writer thread gives the interpreter up after this long, not 5 ms: answers wait for it.
     sys.setswitchinterval(0.0005)
-    async with open_control(settings) as control:
+    async with open_control(settings) as control, door(control) as app:
         if control.admin_key_is_new:
             log.info("admin_key.made", path=str(settings.data_dir / "admin.key"))
             if sys.stdout.isatty():  # once, and never into a file or a pipe
@@ -249,7 +294,7 @@ async def serve(settings: ControlSettings, listener: socket.socket) -> None:
                 sys.stdout.write(f"admin key (made now, kept in {path}):\n{control.admin_key}\n")
         server = QuietServer(
             uvicorn.Config(
-                build(control),
+                app,
                 http="httptools",
                 ws="none",
                 lifespan="off",

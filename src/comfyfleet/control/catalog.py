@@ -20,6 +20,12 @@ class Catalog:
         workergroups: Iterable[Workergroup] = (),
         templates: Iterable[Template] = (),
     ) -> None:
+        self.replace(endpoints, workergroups, templates)
+
+    def replace(
+        self, endpoints: Iterable[Endpoint], workergroups: Iterable[Workergroup], templates: Iterable[Template]
+    ) -> None:
+        """All of it anew, as the store has it."""
         self._endpoints: dict[int, Endpoint] = {}
         self._names: dict[tuple[int, str], int] = {}
         self._workergroups: dict[int, Workergroup] = {}

@@ -78,6 +78,9 @@ class Meters:
         meter = self._meters.get(endpoint_id)
         return meter.rates(now) if meter is not None else DemandRates()
 
+    def forget(self, endpoint_id: int) -> None:
+        self._meters.pop(endpoint_id, None)
+
 
 class Backlog(msgspec.Struct, frozen=True, kw_only=True):
     """Durable jobs that wait in the store."""

@@ -42,6 +42,7 @@ REJOIN_S = 10.0
 STRIKE_WINDOW_S = 15.0
 _THROTTLE_FIRST_S = 0.06
 _THROTTLE_CAP_S = 2.0
+ELSEWHERE = "another control plane decides for this endpoint, or is about to; the next poll finds it"
 
 
 class Desk:
@@ -57,10 +58,13 @@ class Desk:
         allowance: Allowance,
         clock: Clock,
         ids: Ids,
+        owns: Callable[[int], bool],
     ) -> None:
         self.queue = RouteQueue()
         self._meters = Meters()
-        self.turns = Turns(queue=self.queue, workers=workers, allowance=allowance, meters=self._meters)
+        self.turns = Turns(
+            queue=self.queue, workers=workers, allowance=allowance, meters=self._meters, owns=owns
+        )
         self.reasons: dict[int, str] = {}  # endpoint -> why it waits, as the reconciler last saw it
         self._workers = workers
         self._tickets = tickets
@@ -68,6 +72,7 @@ class Desk:
         self._reqnums = reqnums
         self._clock = clock
         self._ids = ids
+        self._owns = owns
         self._strikes: dict[int, float] = {}  # worker -> when somebody could not reach it
         self._adopted: dict[int, int] = {}  # request -> worker that listed it before its caller came back
         self._backlogs: dict[int, Backlog] = {}
@@ -96,7 +101,7 @@ class Desk:
             ticket.excluded[worker_id] = now + EXCLUDED_S
         if ticket.phase is Phase.WAITING:
             self.turns.serve(ticket.endpoint_id, now)
-        if ticket.phase is Phase.GRANTED and now >= ticket.not_before:
+        if ticket.phase is Phase.GRANTED and now >= ticket.not_before and self._owns(ticket.endpoint_id):
             worker = self._workers.get(ticket.worker_id)
             if worker is not None:
                 self.queue.leave(ticket, Phase.ASSIGNED, worker.id, now)
@@ -124,6 +129,16 @@ class Desk:
     def arrived(self, endpoint_id: int, cost: float) -> None:
         """Work that arrived by another door and will pass the desk later (a durable job)."""
         self._meters.arrived(endpoint_id, cost, self._clock.now())
+
+    def forget(self, endpoint_id: int) -> None:
+        """It is another control plane's: whoever waits here is answered, and finds it there with the next poll."""
+        self.queue.forget(endpoint_id)
+        self.turns.forget(endpoint_id)
+        self._meters.forget(endpoint_id)
+        self.reasons.pop(endpoint_id, None)
+        self._backlogs.pop(endpoint_id, None)
+        workers = self._workers.ids_of(endpoint_id)
+        self._adopted = {idx: worker_id for idx, worker_id in self._adopted.items() if worker_id not in workers}
 
     # --- what workers say ----------------------------------------------------------------------------------------
     def heard(self, folded: Folded, working: tuple[int, ...]) -> None:
@@ -209,6 +224,8 @@ class Desk:
 
     def why(self, endpoint_id: int) -> str:
         """One sentence: why a request waits here, and what comes next."""
+        if not self._owns(endpoint_id):
+            return ELSEWHERE
         return self.reasons.get(endpoint_id, "no decision has been made yet; the first comes within a second")
 
     def demand(self, endpoint_id: int) -> Demand:
@@ -305,27 +322,17 @@ class Desk:
             self._workers.quarantine(worker_id, now)
 
     def _ready(self, request: TakeRequest, ticket: RouteTicket, worker: Worker, now: float) -> RouteReady:
-        reqnum = self._reqnums.next()
         claims = TicketClaims(
             url=worker.url,
             endpoint=request.endpoint_name,
             cost=request.cost,
-            reqnum=reqnum,
+            reqnum=self._reqnums.next(),
             request_idx=ticket.request_idx,
             exp=now + TICKET_LIFETIME_S,
             sub=request.scope,
             incarnation=worker.incarnation,
         )
-        return RouteReady(
-            endpoint=request.endpoint_name,
-            url=worker.url,
-            cost=request.cost,
-            reqnum=reqnum,
-            request_idx=ticket.request_idx,
-            signature=self._tickets.signature(worker.url),
-            ticket=self._tickets.ticket(claims),
-            request_id=self._ids.request_id(),
-        )
+        return self._tickets.admit(claims, self._ids.request_id())
 
     def _waits(self, request: TakeRequest, ticket: RouteTicket, now: float) -> Waits:
         hold = self.turns.hold(ticket, now)

@@ -24,10 +24,12 @@ from comfyfleet.control.job_run import JobRun, RunOutcome
 from comfyfleet.control.jobs import Job, JobHead, Lease
 from comfyfleet.control.keys import Vault
 from comfyfleet.control.leases import LEASE_S, LOST_AFTER_S, is_abandoned
+from comfyfleet.control.ownership import NotOwner, Ownership, SoleOwner
 from comfyfleet.control.placements import Placed, TakeRequest
 from comfyfleet.control.records import Endpoint
 from comfyfleet.control.route_queue import Phase, RouteTicket
 from comfyfleet.control.store.base import Store
+from comfyfleet.control.store.ownership_table import Fenced
 from comfyfleet.control.tickets import TICKET_LIFETIME_S, Tickets
 from comfyfleet.control.worker_calls import WorkerCalls
 from comfyfleet.control.workers import Workers
@@ -39,6 +41,8 @@ log = structlog.get_logger()
 
 TICK_S = 1.0
 RESYNC_EVERY_S = 10.0
+# Where another control plane may have stored a job of our endpoint, and its word of it may have been lost.
+RESYNC_SHARED_S = 2.0
 _REPLAY_TIMEOUT_S = 60.0
 _WITHDRAW_FOR_S = 180.0
 _LOOK_AGAIN_S = 0.25
@@ -72,8 +76,13 @@ class Dispatcher:
         ids: Ids,
         ended: Callable[[RunOutcome], None],
         lost_after_s: float = LOST_AFTER_S,
+        ownership: Ownership | None = None,
     ) -> None:
         self.kick = Kick()
+        self._ownership = ownership or SoleOwner()
+        self._resync_every_s = RESYNC_EVERY_S if ownership is None else RESYNC_SHARED_S
+        self._begun: set[int] = set()  # endpoints that are newly ours: what is leased there has lost its holder
+        self._scopes: dict[str, tuple[int, anyio.CancelScope]] = {}
         self._store = store
         self._catalog = catalog
         self._desk = desk
@@ -93,19 +102,27 @@ class Dispatcher:
     async def run(self) -> None:
         """Until cancelled. Runs are tasks of this loop; their leases outlive us."""
         async with anyio.create_task_group() as runs:
-            await self._take_over(runs, await self._store.leased())
+            if isinstance(self._ownership, SoleOwner):
+                await self._take_over(runs, await self._store.leased())
             next_sync = 0.0
             while True:
                 try:
+                    if self._begun:
+                        begun, self._begun, next_sync = self._begun, set(), 0.0
+                        leased = await self._store.leased()
+                        await self._take_over(runs, [job for job in leased if job.endpoint_id in begun])
                     if self._clock.now() >= next_sync:
-                        next_sync = self._clock.now() + RESYNC_EVERY_S
+                        next_sync = self._clock.now() + self._resync_every_s
                         self._backlog.begin_sync()
                         self._backlog.replace(await self._store.waiting())
                         abandoned = [job for job in await self._store.leased() if self._is_abandoned(job)]
                         await self._take_over(runs, abandoned)
                     for endpoint in self._catalog.endpoints():
-                        await self._serve(endpoint, runs)
-                        self._tell_demand(endpoint.id)
+                        if self._ownership.owns(endpoint.id):
+                            await self._serve(endpoint, runs)
+                            self._tell_demand(endpoint.id)
+                except (Fenced, NotOwner) as error:  # another's by now; the store wrote nothing
+                    log.info("dispatch.fenced", why=str(error))
                 except Exception:  # one iteration: what waits is still waiting in the store
                     log.exception("dispatch.failed")
                 await self.kick.wait(TICK_S)
@@ -116,6 +133,19 @@ class Dispatcher:
             self._backlog.add(job.endpoint_id, job.scope, job.cost, job.created_at)
             self._desk.arrived(job.endpoint_id, job.cost)
         self.kick()
+
+    def begin(self, endpoint_id: int) -> None:
+        """The endpoint is ours from now on, its leased jobs included."""
+        self._begun.add(endpoint_id)
+        self.kick()
+
+    def drop(self, endpoint_id: int) -> None:
+        """The endpoint is another's: leave its jobs where they are; their leases are followed from there."""
+        self._begun.discard(endpoint_id)
+        self._leave_line(endpoint_id)
+        for of, scope in list(self._scopes.values()):
+            if of == endpoint_id:
+                scope.cancel()
 
     # --- waiting jobs ------------------------------------------------------------------------------------------------
 
@@ -196,7 +226,8 @@ class Dispatcher:
                 worker_id=placed.worker_id,
                 worker_url=placed.answer.url,
                 request_idx=placed.answer.request_idx,
-            )
+            ),
+            fence=self._ownership.fence(head.endpoint_id),
         )
         self._backlog.remove(head.endpoint_id, head.scope, head.cost)
         if job is None:  # cancelled in between
@@ -211,9 +242,13 @@ class Dispatcher:
     async def _take_over(self, runs: anyio.abc.TaskGroup, jobs: Iterable[Job]) -> None:
         """Become the holder of leases whose control plane is gone; the workers go on meanwhile."""
         for job in jobs:
+            if job.id in self._held or not self._ownership.owns(job.endpoint_id):
+                continue
             token, expires_at = self._ids.token(), self._clock.now() + LEASE_S
-            old_token = job.lease_token or ""
-            if not await self._store.take_over(job.id, old_token=old_token, token=token, expires_at=expires_at):
+            old_token, fence = job.lease_token or "", self._ownership.fence(job.endpoint_id)
+            if not await self._store.take_over(
+                job.id, old_token=old_token, token=token, expires_at=expires_at, fence=fence
+            ):
                 continue
             mine = msgspec.structs.replace(job, lease_token=token, lease_expires=expires_at)
             log.info("lease.taken_over", job=job.id, worker=job.worker_id)
@@ -234,14 +269,21 @@ class Dispatcher:
             clock=self._clock,
             ticket_for=self._ticket_for,
             lost_after_s=self._lost_after_s,
+            owns=lambda: self._ownership.owns(job.endpoint_id),
         )
+        outcome = RunOutcome(job=job, status=None, reason="another control plane follows it from here")
         try:
-            outcome = await run.run(ticket)
+            with anyio.CancelScope() as scope:
+                self._scopes[job.id] = (job.endpoint_id, scope)
+                outcome = await run.run(ticket)
+            if scope.cancelled_caught:
+                return
         except Exception:  # the stage boundary of a run: the lease expires, and the job is taken over
             log.exception("job.run_failed", job=job.id)
             return
         finally:
             self._held.discard(job.id)
+            self._scopes.pop(job.id, None)
             if job.request_idx is not None:
                 self._desk.release(job.request_idx)
         if outcome.status is None:
@@ -278,16 +320,7 @@ class Dispatcher:
             sub=job.scope,
             incarnation=worker.incarnation,
         )
-        return RouteReady(
-            endpoint=claims.endpoint,
-            url=url,
-            cost=claims.cost,
-            reqnum=0,
-            request_idx=claims.request_idx,
-            signature=self._tickets.signature(url),
-            ticket=self._tickets.ticket(claims),
-            request_id=job.id,
-        )
+        return self._tickets.admit(claims, job.id)
 
     def _tell_demand(self, endpoint_id: int) -> None:
         """What waits here beyond the one that stands in the line."""

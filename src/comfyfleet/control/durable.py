@@ -26,6 +26,7 @@ from comfyfleet.control.keys import Vault
 from comfyfleet.control.leases import LEASE_S
 from comfyfleet.control.ledger import Ledger
 from comfyfleet.control.metrics import Metrics
+from comfyfleet.control.ownership import Ownership, SoleOwner
 from comfyfleet.control.plane import RoutingPlane
 from comfyfleet.control.store.base import Store
 from comfyfleet.control.worker_calls import WorkerCalls
@@ -57,10 +58,12 @@ class DurablePlane:
         fetcher: GuardedFetcher,
         clock: Clock,
         ids: Ids,
+        ownership: Ownership | None = None,
     ) -> None:
         self.feed = JobFeed()
         self.backlog = Backlog()
         self.limits = routing.limits
+        self.ownership = ownership or SoleOwner()
         self._catalog = catalog
         self._metrics = metrics
         self._clock = clock
@@ -100,6 +103,7 @@ class DurablePlane:
             ids=ids,
             ended=self._run_ended,
             lost_after_s=settings.lost_after_s,
+            ownership=ownership,
         )
         self._janitor = Janitor(
             store=store,
@@ -109,9 +113,10 @@ class DurablePlane:
             clock=clock,
             ended=self._ended,
             keep_s=settings.retention_days * 86_400.0,
+            ownership=self.ownership,
         )
         self._job_webhooks = JobWebhooks(
-            store=store, vault=vault, webhooks=self._webhooks, clock=clock, kick=self._ended
+            store=store, vault=vault, webhooks=self._webhooks, clock=clock, kick=self._ended, ownership=self.ownership
         )
 
     async def run(self) -> None:
@@ -129,6 +134,15 @@ class DurablePlane:
                 self.ledger.count()
                 await self.ledger.flush()
                 self._outbox.close()
+
+    def begin(self, endpoint_id: int) -> None:
+        """The endpoint is this replica's from now on."""
+        self.dispatcher.begin(endpoint_id)
+        self._ended()
+
+    def drop(self, endpoint_id: int) -> None:
+        """The endpoint is another replica's."""
+        self.dispatcher.drop(endpoint_id)
 
     def now(self) -> float:
         """This plane's wall time."""

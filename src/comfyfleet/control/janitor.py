@@ -8,6 +8,7 @@ import structlog
 from comfyfleet.clock import Clock
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.job_feed import JobFeed, Kick
+from comfyfleet.control.ownership import Ownership
 from comfyfleet.control.records import Endpoint, Workergroup
 from comfyfleet.control.store.base import Store
 from comfyfleet.control.workers import Workers
@@ -37,6 +38,7 @@ class Janitor:
         clock: Clock,
         ended: Kick,
         keep_s: float,
+        ownership: Ownership,
     ) -> None:
         self._store = store
         self._catalog = catalog
@@ -45,6 +47,7 @@ class Janitor:
         self._clock = clock
         self._ended = ended
         self._keep_s = keep_s
+        self._ownership = ownership
 
     async def run(self) -> None:
         next_prune = 0.0
@@ -64,11 +67,13 @@ class Janitor:
         for job_id in await self._store.overdue(self._clock.now()):
             await self._fail(job_id, _OVERDUE)
         for endpoint in self._catalog.endpoints():
-            if endpoint.deleted_at is not None:
+            if endpoint.deleted_at is not None and self._ownership.owns(endpoint.id):
                 await self._clear(endpoint)
         for group in self._catalog.workergroups():
+            if group.deleted_at is None or not self._ownership.owns(group.endpoint_id):
+                continue  # only its owner knows its workers
             is_empty = all(worker.group_id != group.id for worker in self._workers.of_endpoint(group.endpoint_id))
-            if group.deleted_at is not None and is_empty:
+            if is_empty:
                 await self._store.drop(Workergroup, group.id)
                 self._catalog.drop_workergroup(group.id)
 

@@ -63,7 +63,9 @@ class JobRun:
         clock: Clock,
         ticket_for: Callable[[Job], RouteReady | None],
         lost_after_s: float = LOST_AFTER_S,
+        owns: Callable[[], bool] = lambda: True,
     ) -> None:
+        """owns: whether this control plane may act for the job's endpoint now; where not, the run holds still."""
         assert job.lease_token is not None  # noqa: S101 - a run exists for a leased job only
         self._job = job
         self._token = job.lease_token
@@ -75,6 +77,7 @@ class JobRun:
         self._clock = clock
         self._ticket_for = ticket_for
         self._lost_after_s = lost_after_s
+        self._owns = owns
         self._is_cancel_asked = bool(job.cancel_requested)
         self._heard_at = clock.now()
         self._told_at = 0.0
@@ -96,6 +99,8 @@ class JobRun:
         while True:
             try:
                 if started is None and ticket is not None:
+                    while not self._owns():
+                        await self._clock.sleep(_RECONNECT_S)
                     started = await self._calls.start(ticket, self._payload())
                     self._heard_at = self._clock.now()
                 if isinstance(started, Ended):
@@ -178,6 +183,8 @@ class JobRun:
         return await self._finish(JobStatus.FAILED, None, msgspec.json.encode(error).decode())
 
     async def _unreachable(self, why: str) -> RunOutcome | None:
+        if not self._owns():
+            return None  # what we know of the worker may be old
         if self._is_cancel_asked:
             return await self._finish(JobStatus.CANCELLED, None, None)
         worker_id = self._job.worker_id or 0

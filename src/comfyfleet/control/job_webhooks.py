@@ -14,6 +14,7 @@ from comfyfleet.control.admission import SEALED, JobSecrets
 from comfyfleet.control.job_feed import Kick
 from comfyfleet.control.jobs import Job
 from comfyfleet.control.keys import Vault
+from comfyfleet.control.ownership import Ownership
 from comfyfleet.control.store.base import Store
 from comfyfleet.sealing import CannotOpen
 from comfyfleet.webhooks import envelope
@@ -30,18 +31,22 @@ RETRY_EVERY_S = 15.0
 class JobWebhooks:
     """The loop between the job table and the outbox."""
 
-    def __init__(self, *, store: Store, vault: Vault, webhooks: Webhooks, clock: Clock, kick: Kick) -> None:
+    def __init__(
+        self, *, store: Store, vault: Vault, webhooks: Webhooks, clock: Clock, kick: Kick, ownership: Ownership
+    ) -> None:
         self._store = store
         self._vault = vault
         self._webhooks = webhooks
         self._clock = clock
         self._kick = kick
+        self._ownership = ownership
 
     async def run(self) -> None:
         while True:
             try:
                 for job_id in await self._store.undelivered():
-                    if (job := await self._store.job(job_id)) is not None:
+                    job = await self._store.job(job_id)
+                    if job is not None and self._ownership.owns(job.endpoint_id):
                         await self._hand_over(job)
             except Exception:  # one iteration: what is due stays due
                 log.exception("job_webhooks.failed")

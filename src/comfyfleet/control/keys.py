@@ -80,10 +80,7 @@ class Keyring:
         self._master = master
         self._catalog = catalog
         self._clock = clock
-        self._by_digest: dict[str, ApiKey] = {}
-        self._by_scope: dict[str, ApiKey] = {}
-        for key in keys:
-            self.put(key)
+        self.replace(keys)
         self._admin = Principal(scope="admin", scopes=frozenset({ADMIN}))
 
     def principal(self, key: str) -> Principal:
@@ -124,6 +121,13 @@ class Keyring:
         """What the key with that scope may use; a scope without a made key has no limits, and weight 1."""
         key = self._by_scope.get(scope)
         return NO_LIMITS if key is None else key.limits
+
+    def replace(self, keys: Iterable[ApiKey]) -> None:
+        """All made keys anew, as the store has them."""
+        self._by_digest: dict[str, ApiKey] = {}
+        self._by_scope: dict[str, ApiKey] = {}
+        for key in keys:
+            self.put(key)
 
     def put(self, key: ApiKey) -> None:
         self._by_digest[key.digest] = key

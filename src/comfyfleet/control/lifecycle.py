@@ -19,15 +19,17 @@ from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.desk import Desk
 from comfyfleet.control.fleet.base import FleetProvider, FleetWorker, NoCapacity, Presence, WorkerSpec
 from comfyfleet.control.fleet.needs import gpu_ram_wanted, gpus_wanted
+from comfyfleet.control.ownership import NotOwner, Ownership
 from comfyfleet.control.records import Endpoint, Workergroup, WorkerRow
 from comfyfleet.control.scaling import Action, Verb
 from comfyfleet.control.scores import Scores
 from comfyfleet.control.store.base import Store
+from comfyfleet.control.store.ownership_table import Fenced
 from comfyfleet.control.worker import Worker
 from comfyfleet.control.worker_states import ACTIVE, INACTIVE, WORKER_TRANSITIONS, WorkerState
 from comfyfleet.control.workers import Workers
 from comfyfleet.ids import Ids
-from comfyfleet.wire.errors import FleetError
+from comfyfleet.wire.errors import BadRequest, FleetError
 
 log = structlog.get_logger()
 
@@ -61,7 +63,9 @@ class Lifecycle:
         environment: Environment,
         clock: Clock,
         ids: Ids,
+        ownership: Ownership,
     ) -> None:
+        self._ownership = ownership
         self._workers = workers
         self._desk = desk
         self._scores = scores
@@ -100,7 +104,7 @@ class Lifecycle:
         self._workers.add(worker, now)
         try:
             # Written down before it exists: a control plane that is killed here leaves no worker that nobody knows.
-            await self._store.put(worker_row(worker))
+            await self._store.put(worker_row(worker), fence=self._ownership.fence(endpoint.id))
             await self._provider.create(self._spec(worker))
         except BaseException:
             self._workers.remove(worker.id)
@@ -111,6 +115,8 @@ class Lifecycle:
 
     async def register(self, endpoint_id: int, group_id: int, worker_id: int | None = None) -> Worker:
         """A worker brought by hand: no provider starts or stops it; it is known by its token."""
+        if worker_id is not None and await self._store.get(WorkerRow, worker_id) is not None:
+            raise BadRequest(f"worker id {worker_id} is taken", field="id")
         now = self._clock.now()
         worker = Worker(
             id=worker_id if worker_id is not None else await self._store.reserve("worker"),
@@ -122,8 +128,8 @@ class Lifecycle:
             state_since=now,
             is_foreign=True,
         )
-        self._workers.add(worker, now)
-        await self._store.put(worker_row(worker))
+        await self._store.put(worker_row(worker), fence=self._ownership.fence(endpoint_id))
+        self._workers.add(worker, now, is_persisted=True)
         return worker
 
     async def apply(self, action: Action) -> None:
@@ -151,7 +157,7 @@ class Lifecycle:
     async def advance(self, present: Mapping[int, FleetWorker]) -> None:
         """Act on every intent that nothing holds back any more."""
         for worker in self._workers.all():
-            if worker.id in self._under_way:
+            if worker.id in self._under_way or not self._ownership.owns(worker.endpoint_id):
                 continue
             if worker.state is WorkerState.STOPPING and not worker.intent:
                 self._begin(worker.id, self._stop)  # a restart of the control plane interrupted it
@@ -214,7 +220,10 @@ class Lifecycle:
 
     async def _contained(self, worker_id: int, step: Callable[[int], Awaitable[None]]) -> None:
         try:
+            await self._confirm(worker_id)
             await step(worker_id)
+        except (Fenced, NotOwner):
+            log.info("worker.step_fenced", worker=worker_id, step=step.__name__)
         except (FleetError, OSError) as error:
             log.warning("worker.step_failed", worker=worker_id, step=step.__name__, why=str(error))
             worker = self._workers.get(worker_id)
@@ -223,6 +232,12 @@ class Lifecycle:
                 self._workers.move(worker_id, WorkerState.ERROR, self._clock.now())
         finally:
             self._under_way.discard(worker_id)
+
+    async def _confirm(self, worker_id: int) -> None:
+        """Before a worker is touched: nobody else decides for it by now. Raises Fenced, NotOwner."""
+        worker = self._workers.get(worker_id)
+        if worker is not None and (fence := self._ownership.fence(worker.endpoint_id)) is not None:
+            await self._store.put(worker_row(worker), fence=fence)
 
     async def _start_again(self, worker_id: int) -> None:
         worker = self._workers.get(worker_id)

@@ -6,6 +6,7 @@ other rooms use `desk` (a worker for a job), `workers` (what there is) and `life
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -26,9 +27,11 @@ from comfyfleet.control.learned_cost import LearnedCost
 from comfyfleet.control.lifecycle import Environment, Lifecycle
 from comfyfleet.control.limits import Allowance, Limits
 from comfyfleet.control.numbers import Numbers
+from comfyfleet.control.ownership import Ownership, SoleOwner
 from comfyfleet.control.reconciler import Reconciler
 from comfyfleet.control.records import LearnedRow, WorkerRow
 from comfyfleet.control.reports import Reports
+from comfyfleet.control.roll_call import TRUSTED_S, answering
 from comfyfleet.control.scores import Scores
 from comfyfleet.control.store.base import Store
 from comfyfleet.control.tickets import Tickets
@@ -57,7 +60,10 @@ class RoutingPlane:
         clock: Clock,
         ids: Ids,
         boot_budget_s: float = 3600.0,
+        ownership: Ownership | None = None,
     ) -> None:
+        self._is_shared = ownership is not None
+        ownership = ownership or SoleOwner()
         self.tickets = Tickets.open(data_dir)
         self.workers = Workers()
         self.learned = LearnedCost()
@@ -77,6 +83,7 @@ class RoutingPlane:
             allowance=Allowance(self.limits, keys.limits),
             clock=clock,
             ids=ids,
+            owns=ownership.owns,
         )
         self.lifecycle = Lifecycle(
             workers=self.workers,
@@ -88,6 +95,7 @@ class RoutingPlane:
             environment=environment,
             clock=clock,
             ids=ids,
+            ownership=ownership,
         )
         self.reconciler = Reconciler(
             catalog=catalog,
@@ -97,6 +105,7 @@ class RoutingPlane:
             provider=provider,
             store=store,
             clock=clock,
+            ownership=ownership,
             boot_budget_s=boot_budget_s,
         )
         self.desk.on_first_wait = self.reconciler.kick
@@ -129,13 +138,39 @@ class RoutingPlane:
 
     async def load(self) -> None:
         """Before the first request: workers of an earlier run, and numbers to hand out."""
-        now = self._clock.now()
-        for row in await self._store.all(WorkerRow):
-            worker = msgspec.json.decode(row.body, type=Worker)
-            self.workers.add(revived(worker, now), now, is_persisted=True)
+        if not self._is_shared:
+            now = self._clock.now()
+            for row in await self._store.all(WorkerRow):
+                worker = msgspec.json.decode(row.body, type=Worker)
+                self.workers.add(revived(worker, now), now, is_persisted=True)
         self.learned.load(await self._store.all(LearnedRow))
         await self._refill()
         log.info("routing.loaded", workers=len(self.workers.all()))
+
+    async def load_endpoints(self, endpoint_ids: Collection[int]) -> None:
+        """Endpoints that become this replica's: their workers, and that other replicas numbered requests meanwhile."""
+        wanted = frozenset(endpoint_ids)
+        for endpoint_id in wanted:
+            self.desk.forget(endpoint_id)  # whoever asked here before it was ours asks again
+        rows = [row for row in await self._store.all(WorkerRow) if row.endpoint_id in wanted]
+        workers = [msgspec.json.decode(row.body, type=Worker) for row in rows]
+        there = await answering(workers)
+        now = self._clock.now()
+        for worker in workers:
+            trusted_s = TRUSTED_S if worker.id in there else 0.0
+            self.workers.add(revived(worker, now, trusted_s=trusted_s), now, is_persisted=True)
+        self._numbers.first = await self._store.reserve("request_idx")
+
+    def begin(self, endpoint_id: int) -> None:
+        """An endpoint is this replica's from now on."""
+        log.info("routing.begins", endpoint=endpoint_id, workers=len(self.workers.of_endpoint(endpoint_id)))
+        self.reconciler.kick()
+
+    def drop(self, endpoint_id: int) -> None:
+        """An endpoint is another replica's."""
+        self.desk.forget(endpoint_id)
+        self.reconciler.forget(endpoint_id)
+        self.workers.forget(endpoint_id)
 
     async def run(self) -> None:
         """The loops, until cancelled."""

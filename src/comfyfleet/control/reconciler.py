@@ -21,6 +21,7 @@ from comfyfleet.control.checkup import ailment
 from comfyfleet.control.desk import Desk
 from comfyfleet.control.fleet.base import FleetProvider, FleetWorker, NoCapacity, Presence
 from comfyfleet.control.lifecycle import Lifecycle, worker_row
+from comfyfleet.control.ownership import NotOwner, Ownership, SoleOwner
 from comfyfleet.control.records import DecisionRow, Endpoint, LogRow, WorkerRow
 from comfyfleet.control.scaling import (
     Action,
@@ -33,6 +34,7 @@ from comfyfleet.control.scaling import (
     WorkerFacts,
 )
 from comfyfleet.control.store.base import Store
+from comfyfleet.control.store.ownership_table import Fenced
 from comfyfleet.control.worker import Worker
 from comfyfleet.control.worker_states import BOOTING, WorkerState
 from comfyfleet.control.workers import Workers
@@ -56,8 +58,10 @@ class Reconciler:
         provider: FleetProvider | None,
         store: Store,
         clock: Clock,
+        ownership: Ownership,
         boot_budget_s: float = 3600.0,
     ) -> None:
+        self._ownership = ownership
         self._catalog = catalog
         self._workers = workers
         self._desk = desk
@@ -93,7 +97,7 @@ class Reconciler:
     async def step(self) -> None:
         """One pass over everything."""
         now = self._clock.now()
-        present = {worker.id: worker for worker in await self._provider.list()} if self._provider is not None else {}
+        present = await self._present()
         for gone in self._workers.sweep(now):
             log.info("worker.silent", worker=gone.id)
         await self._lifecycle.advance(present)
@@ -103,14 +107,38 @@ class Reconciler:
         stride = 1 + len(endpoints) // STEERED_A_PASS
         for endpoint in endpoints:
             # With hundreds of endpoints a calm one has its turn every few seconds; one with a line always has.
-            if self._desk.queue.waiting_count(endpoint.id) or (self._pass + endpoint.id) % stride == 0:
-                await self._steer(endpoint)
+            is_due = self._desk.queue.waiting_count(endpoint.id) or (self._pass + endpoint.id) % stride == 0
+            if is_due and self._ownership.owns(endpoint.id):
+                try:
+                    await self._steer(endpoint)
+                except (Fenced, NotOwner) as error:  # another's by now; nothing was written or done
+                    log.info("reconciler.fenced", endpoint=endpoint.id, why=str(error))
                 await checkpoint()  # a route call need not wait for the whole pass
         await self._persist()
+
+    async def _present(self) -> dict[int, FleetWorker]:
+        """What the provider has; of a fleet that several share, without the workers that others look after."""
+        if self._provider is None:
+            return {}
+        present = {worker.id: worker for worker in await self._provider.list()}
+        if isinstance(self._ownership, SoleOwner):
+            return present
+        for worker_id in [worker_id for worker_id in present if self._workers.get(worker_id) is None]:
+            if await self._store.get(WorkerRow, worker_id) is not None:
+                del present[worker_id]
+        return present
+
+    def forget(self, endpoint_id: int) -> None:
+        """Another control plane decides for it."""
+        self._memories.pop(endpoint_id, None)
+        self._policies.pop(endpoint_id, None)
+        self._said.pop(endpoint_id, None)
 
     def _check_all(self, present: dict[int, FleetWorker], now: float) -> None:
         """Find workers that died, fell silent or take too long; learn from those that became ready."""
         for worker in self._workers.all():
+            if not self._ownership.owns(worker.endpoint_id):
+                continue
             before = self._states.get(worker.id, worker.state)
             problem = ailment(worker, present.get(worker.id), has_provider=self._provider is not None, now=now)
             if problem:
@@ -230,7 +258,8 @@ class Reconciler:
                 sentence=decision.sentence,
                 inputs=msgspec.json.encode(inputs).decode(),
                 outcome=msgspec.json.encode(decision).decode(),
-            )
+            ),
+            fence=self._ownership.fence(endpoint.id),
         )
         line = LogRow(endpoint_id=endpoint.id, workergroup_id=0, at=now, level="info0", text=decision.sentence)
         await self._store.add_logs([line])
@@ -238,7 +267,10 @@ class Reconciler:
     async def _persist(self) -> None:
         changed, gone = self._workers.take_changes()
         for worker in changed:
-            await self._store.put(worker_row(worker))
+            try:
+                await self._store.put(worker_row(worker), fence=self._ownership.fence(worker.endpoint_id))
+            except (Fenced, NotOwner):
+                self._workers.unsaved(worker.id)  # to be said again if it is ours again
         for worker_id in gone:
             self._states.pop(worker_id, None)
             await self._store.drop(WorkerRow, worker_id)

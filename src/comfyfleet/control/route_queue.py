@@ -177,6 +177,16 @@ class RouteQueue:
         fronts = (ticket for lane in self.lanes(endpoint_id) for ticket in self.peek(endpoint_id, lane, 1))
         return min((ticket.arrived_at for ticket in fronts), default=None)
 
+    def forget(self, endpoint_id: int) -> None:
+        """Drop an endpoint's tickets; whoever waits on one wakes up and finds it unknown."""
+        for ticket in [ticket for ticket in self._tickets.values() if ticket.endpoint_id == endpoint_id]:
+            del self._tickets[ticket.request_idx]
+            self.granted.discard(ticket.request_idx)
+            if ticket.changed is not None:
+                ticket.changed.set()
+        self._lines.pop(endpoint_id, None)
+        self._waiting.pop(endpoint_id, None)
+
     def expire(self, now: float, is_running: Callable[[RouteTicket], bool]) -> list[RouteTicket]:
         """Forget tickets nobody asks for any more; returns the waiting and granted ones that were dropped."""
         dropped = []

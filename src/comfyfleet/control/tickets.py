@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
 
 from comfyfleet.control.keys import secret_file
+from comfyfleet.wire.routing import RouteReady
 from comfyfleet.wire.tickets import ALGORITHM, TYPE, TicketClaims
 
 # How long a ticket admits its bearer. The client posts to the worker at once; the rest is for slow clocks.
@@ -77,6 +78,19 @@ class Tickets:
         """A compact JWS over the claims."""
         signing_input = _HEADER + b"." + _base64url(_encoder.encode(claims))
         return (signing_input + b"." + _base64url(self._ed25519.sign(signing_input))).decode()
+
+    def admit(self, claims: TicketClaims, request_id: str) -> RouteReady:
+        """The answer that lets a caller in at a worker: both signatures over what it claims."""
+        return RouteReady(
+            endpoint=claims.endpoint,
+            url=claims.url,
+            cost=claims.cost,
+            reqnum=claims.reqnum,
+            request_idx=claims.request_idx,
+            signature=self.signature(claims.url),
+            ticket=self.ticket(claims),
+            request_id=request_id,
+        )
 
 
 def _public_pem(key: rsa.RSAPublicKey | ed25519.Ed25519PublicKey) -> str:

@@ -7,6 +7,8 @@ the others go on. Durable jobs stand in the same account (`share`), but their li
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from comfyfleet.control.demand import Meters
 from comfyfleet.control.fair_share import FairShare
 from comfyfleet.control.limits import Allowance, Hold
@@ -22,7 +24,17 @@ HELD_DEMAND_S = 10.0
 class Turns:
     """One for the whole control plane, over the queue and the registry."""
 
-    def __init__(self, *, queue: RouteQueue, workers: Workers, allowance: Allowance, meters: Meters) -> None:
+    def __init__(
+        self,
+        *,
+        queue: RouteQueue,
+        workers: Workers,
+        allowance: Allowance,
+        meters: Meters,
+        owns: Callable[[int], bool] = lambda _endpoint_id: True,
+    ) -> None:
+        """owns: whether this control plane may book workers for an endpoint now."""
+        self._owns = owns
         self._queue = queue
         self._workers = workers
         self._allowance = allowance
@@ -33,6 +45,11 @@ class Turns:
     def asked(self, endpoint_id: int, max_queue_time: float) -> None:
         """Somebody wants a worker there, under that limit."""
         self._max_queue_time[endpoint_id] = max_queue_time
+
+    def forget(self, endpoint_id: int) -> None:
+        """Another control plane serves it."""
+        self._max_queue_time.pop(endpoint_id, None)
+        self._shares.pop(endpoint_id, None)
 
     def endpoints(self) -> list[int]:
         return list(self._max_queue_time)
@@ -77,7 +94,7 @@ class Turns:
 
     def serve(self, endpoint_id: int, now: float) -> None:
         """Book workers for those that wait, in turn, as long as there is room."""
-        if not self._queue.waiting_count(endpoint_id):
+        if not self._queue.waiting_count(endpoint_id) or not self._owns(endpoint_id):
             return
         share = self.share(endpoint_id)
         lanes = [lane for lane in self._queue.lanes(endpoint_id) if not self._is_held_back(lane, now)]

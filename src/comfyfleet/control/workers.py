@@ -117,6 +117,17 @@ class Workers:
         self._changed.discard(worker_id)
         return lost
 
+    def forget(self, endpoint_id: int) -> None:
+        """An endpoint's workers are another control plane's to know; nothing is gone."""
+        for worker_id in self._by_endpoint.pop(endpoint_id, {}):
+            del self._workers[worker_id], self._loads[worker_id]
+            self._changed.discard(worker_id)
+
+    def unsaved(self, worker_id: int) -> None:
+        """What `take_changes` gave could not be stored: give it again."""
+        if worker_id in self._workers:
+            self._changed.add(worker_id)
+
     def authenticate(self, worker_id: int, mtoken: str) -> Worker:
         """The worker, if this is its token. Raises Unauthorized: nothing has changed then."""
         worker = self._workers.get(worker_id)
@@ -210,11 +221,14 @@ def lasting(worker: Worker) -> tuple[object, ...]:
     )
 
 
-def revived(worker: Worker, now: float) -> Worker:
-    """A worker read from the store at start: out of routing until it reports, and given a moment to do so."""
+def revived(worker: Worker, now: float, *, trusted_s: float = 0.0) -> Worker:
+    """A worker read from the store at start: out of routing until it reports, and given a moment to do so.
+
+    trusted_s: for so long it is routed to without a report, since it is known to be there.
+    """
     return msgspec.structs.replace(
         worker,
-        last_report_at=0.0 if worker.last_report_at == 0.0 else now - SILENT_AFTER_S,
+        last_report_at=0.0 if worker.last_report_at == 0.0 else now - SILENT_AFTER_S + trusted_s,
         cur_load=0.0,
         quarantined_until=0.0,
     )

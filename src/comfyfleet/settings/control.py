@@ -9,6 +9,8 @@ from pathlib import Path
 from comfyfleet.settings.machine import default_data_dir
 
 DEFAULT_PORT = 8080
+# A worker runs other people's nodes: it has no business with the keys to everything.
+_NOT_FOR_WORKERS = frozenset({"COMFYFLEET_MASTER_KEY", "COMFYFLEET_DATABASE"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +18,9 @@ class ControlSettings:
     """public_url: how workers and callers reach it, no trailing slash; prices are per hour, in the operator's money.
 
     fd: an inherited listening socket, which then stands for host and port. max_workers: of the whole local fleet.
-    inherited: this process's environment, which local workers start from.
+    advertise_url: how the other control planes of a shared database reach this one. master_key: the text of the data
+    directory's `master.key`, so that several have the same. inherited: this process's environment, which local
+    workers start from.
     """
 
     data_dir: Path
@@ -24,6 +28,8 @@ class ControlSettings:
     port: int = DEFAULT_PORT
     fd: int | None = None
     public_url: str = ""
+    advertise_url: str = ""
+    master_key: str = field(default="", repr=False)
     fleet: str = "none"  # local | none
     database: str = ""
     max_workers: int = 0
@@ -39,8 +45,15 @@ class ControlSettings:
     @property
     def base_url(self) -> str:
         """Where this control plane is for whoever is told nothing else."""
-        if self.public_url:
-            return self.public_url
+        return self.public_url or self._own_url
+
+    @property
+    def advertised_url(self) -> str:
+        """Where this very process is, whatever stands in front of it."""
+        return self.advertise_url or self._own_url
+
+    @property
+    def _own_url(self) -> str:
         scheme = "https" if self.tls_cert else "http"
         host = "127.0.0.1" if self.host in ("0.0.0.0", "") else "[::1]" if self.host == "::" else self.host  # noqa: S104
         return f"{scheme}://{host}:{self.port}"
@@ -50,9 +63,17 @@ def control_settings(env: Mapping[str, str], **given: object) -> ControlSettings
     """Settings from arguments (None: not given) over the environment. Raises ValueError for a value of no sense."""
     values = {name: value for name, value in given.items() if value is not None}
     values.setdefault("data_dir", default_data_dir(env))
-    for name, variable in (("public_url", "COMFYFLEET_PUBLIC_URL"), ("database", "COMFYFLEET_DATABASE")):
+    for name, variable in (
+        ("public_url", "COMFYFLEET_PUBLIC_URL"),
+        ("advertise_url", "COMFYFLEET_ADVERTISE_URL"),
+        ("database", "COMFYFLEET_DATABASE"),
+        ("master_key", "COMFYFLEET_MASTER_KEY"),
+    ):
         if text := env.get(variable):
-            values.setdefault(name, text.rstrip("/") if name == "public_url" else text)
+            values.setdefault(name, text)
+    for name in ("public_url", "advertise_url"):
+        if name in values:
+            values[name] = str(values[name]).rstrip("/")
     for name, variable in (
         ("price_gpu_hour", "COMFYFLEET_PRICE_GPU_HOUR"),
         ("price_storage_hour", "COMFYFLEET_PRICE_STORAGE_HOUR"),
@@ -65,6 +86,6 @@ def control_settings(env: Mapping[str, str], **given: object) -> ControlSettings
         values.setdefault("log_level", level.lower())
     if "fd" not in values and env.get("LISTEN_FDS", "0") != "0":
         values["fd"] = 3  # systemd's socket activation: the first passed descriptor
-    values["inherited"] = dict(env)
+    values["inherited"] = {name: value for name, value in env.items() if name not in _NOT_FOR_WORKERS}
     values["data_dir"] = Path(str(values["data_dir"])).resolve()
     return ControlSettings(**values)  # type: ignore[arg-type]  # names and types are the dataclass's own

@@ -9,6 +9,7 @@ FleetError
 ├── Gone 409 · the thing joined went away
 ├── Fenced 410 · this life of the worker is over
 ├── SessionGone 410
+├── Misdirected 421 · between replicas: ask the endpoint's owner
 ├── PayloadTooLarge 413
 ├── Unprocessable 422 · no retry can help
 │   ├── WorkflowRefused · a graph that cannot run, naming node and input
@@ -94,6 +95,12 @@ class Fenced(FleetError):
     """This life of the worker is over: another has taken its name. It must end itself."""
 
     code, status = "fenced", 410
+
+
+class Misdirected(FleetError):
+    """Another control plane owns the endpoint. Replicas say this to each other; no caller sees it."""
+
+    code, status, retryable = "misdirected", 421, True
 
 
 class SessionGone(FleetError):

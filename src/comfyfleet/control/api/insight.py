@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -44,8 +47,9 @@ def router(
     store: Store,
     metrics: Metrics,
     caller: Caller,
+    condition: Callable[[], dict[str, Any]],
 ) -> APIRouter:
-    """The routes."""
+    """The routes. condition: what more `/health` says."""
     routes = APIRouter(tags=["insight"])
 
     async def get_endpoint_workers(request: Request) -> JsonResponse:
@@ -103,7 +107,7 @@ def router(
         )
 
     async def health() -> JsonResponse:
-        return JsonResponse({"status": "ok", "version": __version__, "role": "control"})
+        return JsonResponse({"status": "ok", "version": __version__, "role": "control", **condition()})
 
     async def show_metrics(request: Request) -> Response:
         (await caller.principal(request)).demand(READ)

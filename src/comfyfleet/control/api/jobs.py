@@ -30,6 +30,7 @@ from comfyfleet.wire.errors import FleetError, InvalidArguments, NotFound
 from comfyfleet.wire.jobs import JOB_FINAL, JobStatus
 
 _PING_S = 15.0
+_LOOK_EVERY_S = 0.5
 _FINAL_KINDS = frozenset(str(status) for status in JOB_FINAL)
 _MAX_LISTED = 500
 
@@ -150,6 +151,7 @@ class JobApi:
         )
 
     async def _frames(self, job: Job, after: int) -> AsyncIterator[bytes]:
+        quiet_s = 0.0
         while True:
             news = self._plane.feed.watch(job.id)
             events = await self._store.events(job.id, after)
@@ -162,10 +164,15 @@ class JobApi:
                 current = await self._store.job(job.id)
                 if current is None or current.is_final or self._plane.feed.is_closed:
                     return
-                with anyio.move_on_after(_PING_S):
+                # Of a job that another control plane runs there is no news here: look again soon.
+                wait_s = _PING_S if self._plane.ownership.owns(job.endpoint_id) else _LOOK_EVERY_S
+                with anyio.move_on_after(wait_s):
                     await news.wait()
                     continue
-                yield b": still here\n\n"
+                quiet_s += wait_s
+                if quiet_s >= _PING_S:
+                    quiet_s = 0.0
+                    yield b": still here\n\n"
 
     async def _frame(self, event: JobEvent) -> bytes:
         body: dict[str, Any] = {"id": event.job_id, "event": event.kind, "at": event.at}

@@ -165,8 +165,8 @@ class SqlStore(JobTable, OwnershipTable):
 
 
 def _note_change(connection: Connection, kind: type[Record]) -> None:
-    """Other replicas keep these in memory."""
-    if kind is not WorkerRow:
+    """Other replicas keep these in memory; workers and what was learned are their endpoint's owner's."""
+    if kind not in (WorkerRow, LearnedRow):
         connection.change(sql.BUMP, {"name": RECORDS})
 
 

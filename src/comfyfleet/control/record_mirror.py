@@ -1,0 +1,73 @@
+"""Keeps this replica's copies of records (endpoints, workergroups, templates, keys, variables) like the database's.
+
+Another replica may have changed them: every roll says how often they changed, and whoever is about to say "there is no
+such thing" looks again first. A lone control plane has no mirror: what it writes is what there is.
+"""
+
+from __future__ import annotations
+
+import anyio
+import structlog
+
+from comfyfleet.clock import Clock
+from comfyfleet.control.account import Account, built_in_templates
+from comfyfleet.control.catalog import Catalog
+from comfyfleet.control.keys import Keyring
+from comfyfleet.control.records import AccountVariable, ApiKey, Endpoint, Template, Workergroup
+from comfyfleet.control.store.base import Store
+
+log = structlog.get_logger()
+
+
+class RecordMirror:
+    """`refresh` before an answer that must be of now; `run` follows the rolls."""
+
+    def __init__(self, *, store: Store, catalog: Catalog, keyring: Keyring, account: Account, clock: Clock) -> None:
+        self._store = store
+        self._catalog = catalog
+        self._keyring = keyring
+        self._account = account
+        self._clock = clock
+        self._version = -1
+        self._looked_at = float("-inf")
+        self._lock = anyio.Lock()
+        self._behind = anyio.Event()
+
+    def told(self, version: int) -> None:
+        """A roll was read."""
+        if version != self._version:
+            self._behind.set()
+
+    async def run(self) -> None:
+        while True:
+            await self._behind.wait()
+            self._behind = anyio.Event()
+            try:
+                await self.refresh()
+            except Exception:  # one iteration: the next roll asks again
+                log.exception("records.refresh_failed")
+                await self._clock.sleep(0.5)
+
+    async def refresh(self) -> bool:
+        """Read again what changed; True when something may have. Callers at the same time share one look."""
+        asked_at = self._clock.monotonic()
+        async with self._lock:
+            if self._looked_at > asked_at:
+                return True
+            looked_at = self._clock.monotonic()
+            version = await self._store.records_version()
+            self._looked_at = looked_at
+            if version == self._version:
+                return False
+            await self._load()
+            self._version = version
+            return True
+
+    async def _load(self) -> None:
+        """The version was read first, so that a change in between is seen again."""
+        endpoints, groups = await self._store.all(Endpoint), await self._store.all(Workergroup)
+        templates, keys = await self._store.all(Template), await self._store.all(ApiKey)
+        variables = await self._store.all(AccountVariable)
+        self._catalog.replace(endpoints, groups, [*built_in_templates(), *templates])
+        self._keyring.replace(keys)
+        self._account.replace(variables)
