@@ -1,4 +1,4 @@
-"""Several control planes over one real PostgreSQL, and workers brought by hand over fake engines; all real processes."""
+"""Several control planes over one real PostgreSQL, and workers brought by hand; all real processes."""
 
 from __future__ import annotations
 

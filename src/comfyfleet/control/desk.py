@@ -62,9 +62,7 @@ class Desk:
     ) -> None:
         self.queue = RouteQueue()
         self._meters = Meters()
-        self.turns = Turns(
-            queue=self.queue, workers=workers, allowance=allowance, meters=self._meters, owns=owns
-        )
+        self.turns = Turns(queue=self.queue, workers=workers, allowance=allowance, meters=self._meters, owns=owns)
         self.reasons: dict[int, str] = {}  # endpoint -> why it waits, as the reconciler last saw it
         self._workers = workers
         self._tickets = tickets

@@ -159,6 +159,7 @@ class RoutingPlane:
         for worker in workers:
             trusted_s = TRUSTED_S if worker.id in there else 0.0
             self.workers.add(revived(worker, now, trusted_s=trusted_s), now, is_persisted=True)
+        self.learned.load(row for row in await self._store.all(LearnedRow) if row.endpoint_id in wanted)
         self._numbers.first = await self._store.reserve("request_idx")
 
     def begin(self, endpoint_id: int) -> None:
