@@ -98,6 +98,7 @@ class Dispatcher:
         self._lost_after_s = lost_after_s
         self._in_line: dict[int, _InLine] = {}
         self._held: set[str] = set()
+        self._is_stale = False
 
     async def run(self) -> None:
         """Until cancelled. Runs are tasks of this loop; their leases outlive us."""
@@ -111,7 +112,8 @@ class Dispatcher:
                         begun, self._begun, next_sync = self._begun, set(), 0.0
                         leased = await self._store.leased()
                         await self._take_over(runs, [job for job in leased if job.endpoint_id in begun])
-                    if self._clock.now() >= next_sync:
+                    if self._clock.now() >= next_sync or self._is_stale:
+                        self._is_stale = False
                         next_sync = self._clock.now() + self._resync_every_s
                         self._backlog.begin_sync()
                         self._backlog.replace(await self._store.waiting())
@@ -146,6 +148,11 @@ class Dispatcher:
         for of, scope in list(self._scopes.values()):
             if of == endpoint_id:
                 scope.cancel()
+
+    def look_again(self) -> None:
+        """Another process stored jobs: what we know of what waits is old."""
+        self._is_stale = True
+        self.kick()
 
     # --- waiting jobs ------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ from comfyfleet.control.metrics import Metrics
 from comfyfleet.control.ownership import Ownership, SoleOwner
 from comfyfleet.control.plane import RoutingPlane
 from comfyfleet.control.store.base import Store
+from comfyfleet.control.store.news import News
 from comfyfleet.control.worker_calls import WorkerCalls
 from comfyfleet.fetching.addresses import AddressRules
 from comfyfleet.fetching.fetcher import GuardedFetcher
@@ -64,6 +65,7 @@ class DurablePlane:
         self.backlog = Backlog()
         self.limits = routing.limits
         self.ownership = ownership or SoleOwner()
+        self._store = store
         self._catalog = catalog
         self._metrics = metrics
         self._clock = clock
@@ -129,6 +131,7 @@ class DurablePlane:
                 loops.start_soon(self._job_webhooks.run, name="job webhooks")
                 loops.start_soon(self._webhooks.run, name="webhooks")
                 loops.start_soon(self.ledger.run, name="ledger")
+                loops.start_soon(self._store.listen, self._heard, name="news of other processes")
         finally:
             with anyio.CancelScope(shield=True):  # seconds that were used must be on the ledger
                 self.ledger.count()
@@ -155,6 +158,19 @@ class DurablePlane:
         self.feed.cancel(before.id)
         self.feed.news(before.id)
         self._ended()
+
+    def _heard(self, news: News) -> None:
+        """Another process changed something in the store: whoever waits for it here looks now."""
+        if news.is_all:
+            self.feed.all_news()
+        for job_id in (*news.jobs, *news.cancels):
+            self.feed.news(job_id)
+        for job_id in news.cancels:
+            self.feed.cancel(job_id)
+        if news.cancels:
+            self._ended()
+        if news.endpoints or news.is_all:
+            self.dispatcher.look_again()
 
     def _run_ended(self, outcome: RunOutcome) -> None:
         endpoint = self._catalog.endpoint(outcome.job.endpoint_id)

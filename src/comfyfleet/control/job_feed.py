@@ -19,6 +19,10 @@ class JobFeed:
     def close(self) -> None:
         """This process ends: every follower looks once more and leaves (and comes back to the next one)."""
         self.is_closed = True
+        self.all_news()
+
+    def all_news(self) -> None:
+        """Something about any job may have changed."""
         for job_id in list(self._news):
             self.news(job_id)
 

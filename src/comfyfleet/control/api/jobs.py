@@ -30,7 +30,7 @@ from comfyfleet.wire.errors import FleetError, InvalidArguments, NotFound
 from comfyfleet.wire.jobs import JOB_FINAL, JobStatus
 
 _PING_S = 15.0
-_LOOK_EVERY_S = 0.5
+_LOOK_EVERY_S = 3.0
 _FINAL_KINDS = frozenset(str(status) for status in JOB_FINAL)
 _MAX_LISTED = 500
 
@@ -164,7 +164,7 @@ class JobApi:
                 current = await self._store.job(job.id)
                 if current is None or current.is_final or self._plane.feed.is_closed:
                     return
-                # Of a job that another control plane runs there is no news here: look again soon.
+                # News of a job that another control plane runs comes through the database, and may be lost: look again.
                 wait_s = _PING_S if self._plane.ownership.owns(job.endpoint_id) else _LOOK_EVERY_S
                 with anyio.move_on_after(wait_s):
                     await news.wait()

@@ -31,6 +31,7 @@ from comfyfleet.control.records import (
     Workergroup,
     WorkerRow,
 )
+from comfyfleet.control.store.news import Hear
 from comfyfleet.wire.jobs import JobStatus
 
 Record = Endpoint | Workergroup | Template | ApiKey | AccountVariable | WorkerRow | LearnedRow
@@ -62,6 +63,10 @@ class Store(Protocol):
     """Everything the control plane remembers."""
 
     async def close(self) -> None: ...
+
+    async def listen(self, hear: Hear) -> None:
+        """Until cancelled: pass on what other processes that share the database tell. Hints, never the truth."""
+        ...
 
     # --- records -------------------------------------------------------------------------------------------------
     async def all(self, kind: type[R]) -> list[R]:

@@ -47,6 +47,10 @@ class Connection(Protocol):
 
     def change_many(self, statement: str, params: Sequence[Params]) -> None: ...
 
+    def tell(self, payloads: Sequence[str]) -> None:
+        """Outside a transaction: to the other processes at this database, where there can be any."""
+        ...
+
     def begin(self) -> None: ...
 
     def begin_exclusive(self) -> None:

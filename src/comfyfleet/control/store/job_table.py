@@ -13,6 +13,7 @@ from comfyfleet.control.store import batches, sql
 from comfyfleet.control.store.base import Added
 from comfyfleet.control.store.batches import Ending, NewEvent, job_of
 from comfyfleet.control.store.connection import Connection, Row
+from comfyfleet.control.store.news import News
 from comfyfleet.control.store.ownership_table import check_fence
 from comfyfleet.control.store.writer import Database
 from comfyfleet.wire.jobs import JobStatus
@@ -31,7 +32,9 @@ class JobTable:
         self._database = database
 
     async def add_jobs(self, jobs: Sequence[Job]) -> list[Added]:
-        return await self._database.write_batched(batches.add_jobs, jobs)
+        return await self._database.write_batched(
+            batches.add_jobs, jobs, news=News(endpoints=tuple({job.endpoint_id for job in jobs}))
+        )
 
     async def job(self, job_id: str) -> Job | None:
         rows = await self._database.read(lambda connection: connection.rows(sql.JOB_BY_ID, {"id": job_id}), quick=True)
@@ -82,7 +85,7 @@ class JobTable:
             batches.add_events(connection, [event])
             return job_of(rows[0])
 
-        return await self._database.write(work)
+        return await self._database.write(work, news=News(jobs=(lease.job_id,)))
 
     async def leased(self) -> list[Job]:
         return [job_of(row) for row in await self._database.read(lambda connection: connection.rows(sql.LEASED, {}))]
@@ -103,13 +106,15 @@ class JobTable:
         return await self._database.write_batched(batches.renew, renewal)
 
     async def start(self, job_id: str, *, token: str, now: float) -> bool:
-        return await self._database.write_batched(batches.start, batches.Start(id=job_id, token=token, now=now))
+        return await self._database.write_batched(
+            batches.start, batches.Start(id=job_id, token=token, now=now), news=News(jobs=(job_id,))
+        )
 
     async def finish(
         self, job_id: str, *, token: str, status: JobStatus, result: str | None, error: str | None, now: float
     ) -> bool:
         ending = Ending(id=job_id, token=token, status=status, result=result, error=error, now=now)
-        return await self._database.write_batched(batches.finish, ending)
+        return await self._database.write_batched(batches.finish, ending, news=News(jobs=(job_id,)))
 
     async def requeue(
         self, job_id: str, *, token: str, lost_worker: int | None, not_before: float, reason: str, now: float
@@ -132,7 +137,7 @@ class JobTable:
             batches.add_events(connection, [NewEvent(job_id=job_id, at=now, kind="requeued", data=told)])
             return True
 
-        return await self._database.write(work)
+        return await self._database.write(work, news=News(jobs=(job_id,)))
 
     async def cancel(self, job_id: str, now: float) -> Job | None:
         ending = Ending(id=job_id, token=None, status=JobStatus.CANCELLED, result=None, error=None, now=now)
@@ -143,11 +148,11 @@ class JobTable:
             rows = connection.rows(sql.JOB_BY_ID, {"id": job_id})
             return job_of(rows[0]) if rows else None
 
-        return await self._database.write(work)
+        return await self._database.write(work, news=News(jobs=(job_id,), cancels=(job_id,)))
 
     async def fail_waiting(self, job_id: str, *, error: str, now: float) -> bool:
         ending = Ending(id=job_id, token=None, status=JobStatus.FAILED, result=None, error=error, now=now)
-        return await self._database.write_batched(batches.end_waiting, ending)
+        return await self._database.write_batched(batches.end_waiting, ending, news=News(jobs=(job_id,)))
 
     async def overdue(self, now: float) -> list[str]:
         rows = await self._database.read(lambda connection: connection.rows(sql.OVERDUE, {"now": now}))
@@ -155,7 +160,7 @@ class JobTable:
 
     async def add_event(self, job_id: str, *, kind: str, data: str, now: float) -> JobEvent:
         event = NewEvent(job_id=job_id, at=now, kind=kind, data=data)
-        return await self._database.write_batched(batches.add_events, event)
+        return await self._database.write_batched(batches.add_events, event, news=News(jobs=(job_id,)))
 
     async def events(self, job_id: str, after: int = 0) -> list[JobEvent]:
         def work(connection: Connection) -> tuple[list[Row], list[Row]]:

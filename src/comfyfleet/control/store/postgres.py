@@ -12,10 +12,12 @@ from functools import lru_cache
 import psycopg
 
 from comfyfleet.control.store.connection import ConnectionLost, Params, Row
+from comfyfleet.control.store.news import CHANNEL
 from comfyfleet.control.store.sql import PARAMETER
 
 # Any number that is ours alone: one migration at a time per database.
 _MIGRATION_LOCK = 0x636F6D66
+_TELL = f"SELECT pg_notify('{CHANNEL}', :payload)"
 
 
 @lru_cache(maxsize=256)
@@ -60,6 +62,9 @@ class PostgresConnection:
                 cursor.executemany(_translated(statement), params)
         except psycopg.OperationalError as error:
             raise self._lost(error) from error
+
+    def tell(self, payloads: Sequence[str]) -> None:
+        self.all_rows([(_TELL, {"payload": payload}) for payload in payloads])
 
     def begin(self) -> None:
         self.change("BEGIN", {})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
 import msgspec
 
 from comfyfleet.control.ownership import Fence
@@ -27,9 +29,11 @@ from comfyfleet.control.store.base import NameTaken, R, Record, UsageSum
 from comfyfleet.control.store.connection import Connection
 from comfyfleet.control.store.job_table import JobTable
 from comfyfleet.control.store.migrations import upgrade
+from comfyfleet.control.store.news import Hear
 from comfyfleet.control.store.ownership_table import RECORDS, OwnershipTable, check_fence
 from comfyfleet.control.store.sqlite import SqliteConnection
 from comfyfleet.control.store.writer import Database
+from comfyfleet.ids import SystemIds
 
 KIND: dict[type[Record], str] = {
     Endpoint: "endpoint",
@@ -58,11 +62,19 @@ def _identity(record: Record) -> tuple[str, str | None]:
 class SqlStore(JobTable, OwnershipTable):
     """Implements `base.Store`."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, listen: Callable[[Hear], Awaitable[None]] | None = None) -> None:
+        """listen: hears what other processes tell, where there can be any."""
         super().__init__(database)
+        self._listen = listen
 
     async def close(self) -> None:
         await self._database.close()
+
+    async def listen(self, hear: Hear) -> None:
+        if self._listen is None:
+            await anyio.sleep_forever()
+        else:
+            await self._listen(hear)
 
     # --- records -----------------------------------------------------------------------------------------------------
 
@@ -185,10 +197,18 @@ def open_sqlite(path: Path) -> SqlStore:
 def open_postgres(url: str, *, writers: int = 2, readers: int = 4) -> SqlStore:
     """The store in a PostgreSQL database, brought to the latest schema. Needs the `postgres` extra."""
     from comfyfleet.control.store.postgres import PostgresConnection  # only here is psycopg needed
+    from comfyfleet.control.store.postgres_news import listen
 
     connection = PostgresConnection(url)
     upgrade(connection)
     connection.close()
+    teller = SystemIds().request_id()
     return SqlStore(
-        Database(lambda read_only: PostgresConnection(url, read_only=read_only), writers=writers, readers=readers)
+        Database(
+            lambda read_only: PostgresConnection(url, read_only=read_only),
+            writers=writers,
+            readers=readers,
+            teller=teller,
+        ),
+        listen=partial(listen, url, teller),
     )

@@ -22,8 +22,12 @@ from typing import Any, Generic, TypeVar, cast
 
 import anyio
 import anyio.to_thread
+import structlog
 
-from comfyfleet.control.store.connection import Connection
+from comfyfleet.control.store.connection import Connection, ConnectionLost
+from comfyfleet.control.store.news import News, packed
+
+log = structlog.get_logger()
 
 Item = TypeVar("Item")
 T = TypeVar("T")
@@ -35,10 +39,11 @@ Batch = Callable[[Connection, "Sequence[Item]"], "list[T]"]
 
 @dataclass(kw_only=True, eq=False, slots=True)
 class _Request(Generic[Item, T]):
-    """batch: what makes the change for this item and others of its kind."""
+    """batch: what makes the change for this item and others of its kind. news: for other processes, once it is made."""
 
     batch: Batch[Item, T]
     item: Item
+    news: News | None
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[T]
     outcome: T | None = None
@@ -53,14 +58,22 @@ def _each(connection: Connection, works: Sequence[Callable[[Connection], T]]) ->
 class Database:
     """`writers` writing connections, each in a thread of its own, and `readers` reading ones.
 
+    teller: the name under which this process tells others of its changes, "" where there are no others.
     quick_reads: a point query costs less than handing it to a thread, so `quick` ones run where they are asked (for a
     database in this process only: one across a network is never quick).
     """
 
     def __init__(
-        self, connect: Callable[[bool], Connection], *, writers: int = 1, readers: int = 2, quick_reads: bool = False
+        self,
+        connect: Callable[[bool], Connection],
+        *,
+        writers: int = 1,
+        readers: int = 2,
+        quick_reads: bool = False,
+        teller: str = "",
     ) -> None:
         """connect(read_only) opens a connection."""
+        self._teller = teller
         self._quick = connect(True) if quick_reads else None
         self._queue: queue.SimpleQueue[list[_Request[Any, Any]] | None] = queue.SimpleQueue()
         self._arrived: list[_Request[Any, Any]] = []
@@ -77,18 +90,18 @@ class Database:
         for thread in self._threads:
             thread.start()
 
-    async def write(self, work: Callable[[Connection], T]) -> T:
+    async def write(self, work: Callable[[Connection], T], *, news: News | None = None) -> T:
         """Run `work` in a transaction; returns when it is durable."""
-        return await self.write_batched(_each, work)
+        return await self.write_batched(_each, work, news=news)
 
-    async def write_batched(self, batch: Batch[Item, T], item: Item) -> T:
+    async def write_batched(self, batch: Batch[Item, T], item: Item, *, news: News | None = None) -> T:
         """Let `batch` (a function of a module: the same one for all callers) change `item`, together with others."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         if not self._arrived or self._arrived[-1].loop is not loop:
             # One wake for whatever else is ready in this turn of the loop: each costs as much as a statement.
             loop.call_soon(self._hand_over)
-        self._arrived.append(_Request(batch=batch, item=item, loop=loop, future=future))
+        self._arrived.append(_Request(batch=batch, item=item, news=news, loop=loop, future=future))
         return await future
 
     def _hand_over(self) -> None:
@@ -141,6 +154,8 @@ class Database:
                 group.extend(more)
             self._commit(connection, group)
             _deliver(group)
+            if self._teller:
+                _tell(connection, group, self._teller)
             if is_last:
                 return
 
@@ -166,6 +181,17 @@ def _run(connection: Connection, group: list[_Request[Any, Any]]) -> None:
     except BaseException:
         connection.rollback()
         raise
+
+
+def _tell(connection: Connection, group: list[_Request[Any, Any]], teller: str) -> None:
+    """Beside the callers' way, who have their answers."""
+    news = [request.news for request in group if request.news is not None and request.error is None]
+    if not news:
+        return
+    try:
+        connection.tell(list(packed(news, teller)))
+    except ConnectionLost as error:  # the others look again by themselves
+        log.warning("store.not_told", error=str(error).strip())
 
 
 def _by_batch(group: list[_Request[Any, Any]]) -> dict[Batch[Any, Any], list[_Request[Any, Any]]]:
