@@ -43,6 +43,8 @@ TICK_S = 1.0
 RESYNC_EVERY_S = 10.0
 # Where another control plane may have stored a job of our endpoint, and its word of it may have been lost.
 RESYNC_SHARED_S = 2.0
+# However many jobs others store: what waits is summed up no more often.
+_RESYNC_PAUSE_S = 0.25
 _REPLAY_TIMEOUT_S = 60.0
 _WITHDRAW_FOR_S = 180.0
 _LOOK_AGAIN_S = 0.25
@@ -99,6 +101,7 @@ class Dispatcher:
         self._in_line: dict[int, _InLine] = {}
         self._held: set[str] = set()
         self._is_stale = False
+        self._synced_at = 0.0
 
     async def run(self) -> None:
         """Until cancelled. Runs are tasks of this loop; their leases outlive us."""
@@ -112,9 +115,9 @@ class Dispatcher:
                         begun, self._begun, next_sync = self._begun, set(), 0.0
                         leased = await self._store.leased()
                         await self._take_over(runs, [job for job in leased if job.endpoint_id in begun])
-                    if self._clock.now() >= next_sync or self._is_stale:
-                        self._is_stale = False
-                        next_sync = self._clock.now() + self._resync_every_s
+                    if self._clock.now() >= next_sync or self._is_due_again():
+                        self._is_stale, self._synced_at = False, self._clock.now()
+                        next_sync = self._synced_at + self._resync_every_s
                         self._backlog.begin_sync()
                         self._backlog.replace(await self._store.waiting())
                         abandoned = [job for job in await self._store.leased() if self._is_abandoned(job)]
@@ -153,6 +156,9 @@ class Dispatcher:
         """Another process stored jobs: what we know of what waits is old."""
         self._is_stale = True
         self.kick()
+
+    def _is_due_again(self) -> bool:
+        return self._is_stale and self._clock.now() >= self._synced_at + _RESYNC_PAUSE_S
 
     # --- waiting jobs ------------------------------------------------------------------------------------------------
 

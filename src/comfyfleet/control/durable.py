@@ -169,7 +169,7 @@ class DurablePlane:
             self.feed.cancel(job_id)
         if news.cancels:
             self._ended()
-        if news.endpoints or news.is_all:
+        if news.is_all or any(self.ownership.owns(endpoint_id) for endpoint_id in news.endpoints):
             self.dispatcher.look_again()
 
     def _run_ended(self, outcome: RunOutcome) -> None:
