@@ -18,7 +18,10 @@ from comfyfleet.settings.control import DEFAULT_PORT, control_settings
 @click.option("--port", type=int, help=f"Port; {DEFAULT_PORT} unless told otherwise, 0 takes a free one.")
 @click.option("--fd", type=int, help="An inherited listening socket, instead of host and port.")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Keys, database and files.")
-@click.option("--fleet", type=click.Choice(["local", "none"]), help="Who starts workers: this machine, or nobody.")
+@click.option(
+    "--fleet", type=click.Choice(["local", "ray", "none"]), help="Who starts workers: this machine, Ray, or nobody."
+)
+@click.option("--ray-address", help="host:port of the Ray head, for --fleet ray.")
 @click.option("--database", help="postgresql://… instead of the SQLite file in the data directory.")
 @click.option("--max-workers", type=int, help="At most so many workers on this machine.")
 @click.option("--public-url", help="How workers and callers reach this control plane.")

@@ -33,7 +33,9 @@ from comfyfleet.control.api.jobs import JobApi
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.certificates import CertificateAuthority
 from comfyfleet.control.durable import DurablePlane, outreach
+from comfyfleet.control.fleet.base import FleetProvider
 from comfyfleet.control.fleet.local import LocalFleet, LocalSettings
+from comfyfleet.control.fleet.ray import ray_fleet
 from comfyfleet.control.forwarding import App
 from comfyfleet.control.keys import ADMIN_PREFIX, Keyring, Vault, secret_file
 from comfyfleet.control.logbook import Logbook
@@ -113,7 +115,7 @@ async def open_control(
         catalog=catalog,
         keys=keyring,
         store=store,
-        provider=_provider(settings, clock),
+        provider=_provider(settings, clock, ids, files_key),
         environment=WorkerEnvironment(catalog, account),
         clock=clock,
         ids=ids,
@@ -164,7 +166,9 @@ async def open_control(
                     yield control
         finally:
             with anyio.CancelScope(shield=True):  # what was said must be saved, whatever ended us
-                await routing.close(keep_workers=sharing is not None and bool(sharing.replicas.others()))
+                # Workers on Ray are the cluster's, not this process's; others are ended unless another replica is there.
+                is_shared = sharing is not None and bool(sharing.replicas.others())
+                await routing.close(keep_workers=is_shared or settings.fleet == "ray")
                 await logbook.flush()
                 await store.close()
 
@@ -181,7 +185,9 @@ def master_key(settings: ControlSettings) -> bytes:
     return master
 
 
-def _provider(settings: ControlSettings, clock: Clock) -> LocalFleet | None:
+def _provider(settings: ControlSettings, clock: Clock, ids: Ids, files_key: bytes) -> FleetProvider | None:
+    if settings.fleet == "ray":
+        return ray_fleet(settings, clock, ids, files_key)
     if settings.fleet != "local":
         return None
     return LocalFleet(

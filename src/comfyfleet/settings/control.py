@@ -31,6 +31,9 @@ class ControlSettings:
     advertise_url: str = ""
     master_key: str = field(default="", repr=False)
     fleet: str = "none"  # local | none
+    fleet: str = "none"  # local | ray | none
+    ray_address: str = ""  # host:port of the Ray head
+    ray_namespace: str = "comfyfleet"
     database: str = ""
     max_workers: int = 0
     tls_cert: Path | None = None
@@ -68,6 +71,8 @@ def control_settings(env: Mapping[str, str], **given: object) -> ControlSettings
         ("advertise_url", "COMFYFLEET_ADVERTISE_URL"),
         ("database", "COMFYFLEET_DATABASE"),
         ("master_key", "COMFYFLEET_MASTER_KEY"),
+        ("ray_address", "COMFYFLEET_RAY_ADDRESS"),
+        ("ray_namespace", "COMFYFLEET_RAY_NAMESPACE"),
     ):
         if text := env.get(variable):
             values.setdefault(name, text)
@@ -88,4 +93,6 @@ def control_settings(env: Mapping[str, str], **given: object) -> ControlSettings
         values["fd"] = 3  # systemd's socket activation: the first passed descriptor
     values["inherited"] = {name: value for name, value in env.items() if name not in _NOT_FOR_WORKERS}
     values["data_dir"] = Path(str(values["data_dir"])).resolve()
+    if values.get("fleet") == "ray" and not values.get("ray_address"):
+        raise ValueError("--fleet ray needs --ray-address HOST:PORT, the Ray head's")
     return ControlSettings(**values)  # type: ignore[arg-type]  # names and types are the dataclass's own

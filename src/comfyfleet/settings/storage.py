@@ -2,7 +2,7 @@
 
 `S3_ACCESS_KEY_ID, S3_SECRET_ACCESS_KEY, S3_BUCKET_NAME, S3_ENDPOINT_URL, S3_REGION, S3_CONNECT_TIMEOUT (s),
 S3_CONNECT_ATTEMPTS`; `OUTPUT_BASE64_MAX_BYTES`; ours: `COMFYFLEET_URL_EXPIRES_S`, `COMFYFLEET_FILES_URL`,
-`COMFYFLEET_FILES_KEY_FILE`. An empty value means "not given".
+`COMFYFLEET_FILES_KEY_FILE` or, in hex, `COMFYFLEET_FILES_KEY`. An empty value means "not given".
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class StorageSettings:
     s3: S3Settings | None = None
     files_url: str = ""
     files_key_file: str = ""
+    files_key: str = field(default="", repr=False)  # the key itself, in hex, where no folder is shared
     url_expires_s: float = WEEK_S
     base64_max_bytes: int = 32 * 1024 * 1024
 
@@ -55,9 +56,18 @@ class StorageSettings:
             s3=s3,
             files_url=env.get("COMFYFLEET_FILES_URL", "").strip(),
             files_key_file=env.get("COMFYFLEET_FILES_KEY_FILE", "").strip(),
+            files_key=_hex("COMFYFLEET_FILES_KEY", env.get("COMFYFLEET_FILES_KEY", "").strip()),
             url_expires_s=number(env, "COMFYFLEET_URL_EXPIRES_S", WEEK_S),
             base64_max_bytes=int(number(env, "OUTPUT_BASE64_MAX_BYTES", 32 * 1024 * 1024)),
         )
+
+
+def _hex(name: str, text: str) -> str:
+    try:
+        bytes.fromhex(text)
+    except ValueError:
+        raise ValueError(f"{name} must be hexadecimal") from None
+    return text
 
 
 def number(env: Mapping[str, str], name: str, default: float) -> float:

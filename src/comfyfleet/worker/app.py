@@ -79,7 +79,8 @@ async def running(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cl
     folders = settings.folders
     folders.worker_dir.mkdir(parents=True, exist_ok=True)
     plans = plan_engines(settings.engines, folders, env)
-    key = load_or_create_key(folders.files_key_file)
+    given = settings.storage.files_key
+    key = bytes.fromhex(given) if given else load_or_create_key(folders.files_key_file)
     storage = settings.storage
     if not storage.files_url:  # nobody else serves this worker's files: it does so itself
         host = "127.0.0.1" if settings.wrapper.host in ("0.0.0.0", "::", "") else settings.wrapper.host  # noqa: S104

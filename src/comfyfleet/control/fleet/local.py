@@ -24,6 +24,7 @@ import msgspec
 import psutil
 
 from comfyfleet.clock import Clock
+from comfyfleet.control.fleet import detached
 from comfyfleet.control.fleet.base import FleetEvent, FleetNode, FleetWorker, NoCapacity, Presence, WorkerSpec
 from comfyfleet.control.fleet.events import EventLog
 from comfyfleet.control.fleet.slots import Slot, find_slot
@@ -45,6 +46,7 @@ class LocalRecord(msgspec.Struct, frozen=True, kw_only=True):
     process_started: float = 0.0
     started_at: float = 0.0
     exit_code: int | None = None
+    incarnation: str = ""
 
 
 # `list` is a method below, so the types that mention the other one are named here.
@@ -55,7 +57,8 @@ Processes = list[psutil.Process]
 class LocalSettings(msgspec.Struct, frozen=True, kw_only=True):
     """report_url: where workers reach the control plane. base_environment: what every child inherits.
 
-    command: what a worker process is. slots: how many workers fit on this machine.
+    command: what a worker process is. slots: how many workers fit on this machine; first_slot: the number of the
+    first. is_detached: workers are nobody's children, and end only when told to.
     """
 
     data_dir: Path
@@ -65,6 +68,8 @@ class LocalSettings(msgspec.Struct, frozen=True, kw_only=True):
     public_address: str = "127.0.0.1"
     command: Sequence[str] = (sys.executable, "-m", "comfyfleet", "worker")
     own_environment: Mapping[str, str] = {}
+    first_slot: int = 0
+    is_detached: bool = False
 
 
 class LocalFleet:
@@ -84,7 +89,7 @@ class LocalFleet:
         return self._settings.slots
 
     async def list(self) -> list[FleetWorker]:
-        records = self._records()
+        records = self.records()
         for record in records:
             await self._reaped(record)
         return [self._seen(record) for record in records]
@@ -94,7 +99,7 @@ class LocalFleet:
         return ""
 
     async def nodes(self) -> Sequence[FleetNode]:
-        records = self._records()
+        records = self.records()
         running = sum(self._process(record) is not None for record in records)
         slots = self._settings.slots
         return [
@@ -116,9 +121,12 @@ class LocalFleet:
             folder = self._folder / str(spec.id)
             if (folder / "local.json").exists():
                 return
-            taken = self._records()
+            taken = self.records()
             numbers = {record.slot.number for record in taken}
-            free = next((number for number in range(self._settings.slots) if number not in numbers), None)
+            first = self._settings.first_slot
+            free = next(
+                (number for number in range(first, first + self._settings.slots) if number not in numbers), None
+            )
             if free is None:
                 raise NoCapacity(f"all {self._settings.slots} slots of this machine are taken")
             folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +140,7 @@ class LocalFleet:
                 raise NotFound("this worker does not exist here", worker_id=spec.id)
             if self._process(record) is not None:
                 return
-            taken = {port for other in self._records() if other.id != spec.id for port in other.slot.ports}
+            taken = {port for other in self.records() if other.id != spec.id for port in other.slot.ports}
             slot = self._find_slot(record.slot.number, taken)
             await self._launch(msgspec.structs.replace(record, slot=slot, exit_code=None), spec)
 
@@ -165,7 +173,7 @@ class LocalFleet:
         if keep_running:
             return
         async with anyio.create_task_group() as ending:
-            for record in self._records():
+            for record in self.records():
                 if record.pid:
                     ending.start_soon(self._close_one, record.id)
 
@@ -178,24 +186,37 @@ class LocalFleet:
         log_path = folder / "worker.log"
         if log_path.exists() and log_path.stat().st_size > _LOG_ROTATE_BYTES:
             log_path.replace(folder / "worker.log.1")
-        with log_path.open("ab") as output:
-            process = await anyio.open_process(
-                [*self._settings.command],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                cwd=folder,
-                env=self._environment(record.slot, folder, spec),
-                start_new_session=True,
+        environment = self._environment(record.slot, folder, spec)
+        if self._settings.is_detached:
+            pid = await anyio.to_thread.run_sync(
+                lambda: detached.spawn(self._settings.command, folder=folder, environment=environment)
             )
-        self._children[record.id] = process
+        else:
+            with log_path.open("ab") as output:
+                process = await anyio.open_process(
+                    [*self._settings.command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    cwd=folder,
+                    env=environment,
+                    start_new_session=True,
+                )
+            self._children[record.id] = process
+            pid = process.pid
         started = 0.0
         with contextlib.suppress(psutil.Error):
-            started = psutil.Process(process.pid).create_time()
+            started = psutil.Process(pid).create_time()
         self._write(
-            msgspec.structs.replace(record, pid=process.pid, process_started=started, started_at=self._clock.now())
+            msgspec.structs.replace(
+                record,
+                pid=pid,
+                process_started=started,
+                started_at=self._clock.now(),
+                incarnation=spec.incarnation,
+            )
         )
-        self._events.add("worker.started", f"pid {process.pid}, port {record.slot.agent}", worker_id=record.id)
+        self._events.add("worker.started", f"pid {pid}, port {record.slot.agent}", worker_id=record.id)
 
     def _environment(self, slot: Slot, folder: Path, spec: WorkerSpec) -> dict[str, str]:
         address, data_dir = self._settings.public_address, self._settings.data_dir
@@ -256,6 +277,8 @@ class LocalFleet:
             return FleetWorker(id=record.id, presence=Presence.RUNNING, started_at=record.started_at)
         child = self._children.get(record.id)
         code = child.returncode if child is not None and child.pid == record.pid else None
+        if self._settings.is_detached:
+            code = detached.exit_code(self._folder / str(record.id))
         return FleetWorker(
             id=record.id,
             presence=Presence.EXITED,
@@ -296,7 +319,8 @@ class LocalFleet:
         return found
 
     # --- records -------------------------------------------------------------------------------------------------
-    def _records(self) -> Records:
+    def records(self) -> Records:
+        """Every worker's record, in the order of their names."""
         found = []
         for path in sorted(self._folder.glob("*/local.json")):
             with contextlib.suppress(OSError, msgspec.DecodeError):
@@ -304,7 +328,7 @@ class LocalFleet:
         return found
 
     def _record(self, worker_id: int) -> LocalRecord | None:
-        return next((record for record in self._records() if record.id == worker_id), None)
+        return next((record for record in self.records() if record.id == worker_id), None)
 
     def _write(self, record: LocalRecord) -> None:
         path = self._folder / str(record.id) / "local.json"

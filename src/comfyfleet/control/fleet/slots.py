@@ -24,14 +24,15 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
         return frozenset({self.agent, self.agent + 1, self.wrapper, self.engine})
 
 
-def is_free(port: int) -> bool:
-    """Nobody listens on 127.0.0.1:port now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
+def is_free(port: int, *addresses: str) -> bool:
+    """Nobody listens on 127.0.0.1:port now, nor on the port of these addresses."""
+    for address in ("127.0.0.1", *addresses):
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((address, port))
+            except OSError:
+                return False
     return True
 
 

@@ -1,0 +1,208 @@
+"""A real Ray cluster on this machine: a head and nodes with GPUs that are only counted, ended by their own process ids.
+
+Never `ray stop`: it ends every Ray of the machine. All processes of a cluster carry its folder in their environment,
+workers included, which is how stray ones are found at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from comfyfleet.clock import SystemClock
+from comfyfleet.control.fleet.ray import RayFleet, RaySettings
+from comfyfleet.control.fleet.ray_node import WorkerPlan
+
+MARK = "COMFYFLEET_TEST_RAY"
+SOURCE = str(Path(__file__).resolve().parents[2] / "src")
+# A node is called dead after about 5 s, not 15.
+TIGHT = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}
+MEMORY = "78643200"  # the least that Ray takes for its object store
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class RayCluster:
+    """`start` brings up a head and nodes; `node` adds one; the methods below break them."""
+
+    def __init__(self, *, system_config: dict[str, int] | None = None) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="cfray", dir="/tmp"))  # short: sockets' paths have 107 characters
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.system_config = TIGHT if system_config is None else system_config
+        self.nodes: dict[str, psutil.Process] = {}
+        self._heads = 0
+        self._started = 0
+        self.head_processes: list[psutil.Process] = []
+
+    # --- starting ------------------------------------------------------------------------------------------------
+    def start(self, *, nodes: dict[str, int]) -> RayCluster:
+        """nodes: GPUs by name."""
+        self.start_head()
+        for name, gpus in nodes.items():
+            self.start_node(name, gpus=gpus)
+        return self
+
+    def start_head(self) -> None:
+        """A head without GPUs, at the cluster's address; a new one knows nothing of the one before."""
+        self._heads += 1
+        temporary = self.folder / f"h{self._heads}"
+        before = self._processes()
+        self._ray(
+            ["--head", f"--port={self.port}", "--num-cpus=0", "--num-gpus=0", "--include-dashboard=false"]
+            + [f"--temp-dir={temporary}", f"--system-config={json.dumps(self.system_config)}"],
+            folder=self.folder / "head",
+        )
+        self.head_processes = [process for process in self._processes() if process not in before]
+
+    def start_node(self, name: str, *, gpus: int = 2, labels: str = "", ram_gb: float = 0.0) -> None:
+        """Again under the same name: the machine is back, with its disk."""
+        self._started += 1
+        before = self._processes()
+        named = f"name={name}" + (f",{labels}" if labels else "")
+        more = [f'--resources={{"gpu_ram_gb": {ram_gb}}}'] if ram_gb else []
+        self._ray(
+            [f"--address={self.address}", "--num-cpus=1", f"--num-gpus={gpus}", f"--labels={named}", *more],
+            folder=self.disk(name),
+            first_slot=100 * (1 + sorted(["a", "b", "c", name]).index(name)),
+        )
+        self.nodes[name] = next(
+            process
+            for process in self._processes()
+            if process not in before and "raylet/raylet" in " ".join(_command(process))
+        )
+
+    def _ray(self, arguments: list[str], *, folder: Path, first_slot: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = {
+            **{name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ},
+            "PYTHONPATH": SOURCE,
+            "OMP_NUM_THREADS": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+            "RAY_enable_worker_prestart": "0",
+            "COMFYFLEET_DATA_DIR": str(folder),
+            "COMFYFLEET_FIRST_SLOT": str(first_slot),
+            MARK: str(self.folder),
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments, f"--object-store-memory={MEMORY}"]
+            + ["--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+    def disk(self, name: str) -> Path:
+        """A node's data directory."""
+        return self.folder / name
+
+    def fleet(self, folder: Path, *, command: tuple[str, ...] = (), report_url: str = "http://127.0.0.1:9") -> RayFleet:
+        """A provider in a namespace of its own, with its memory in `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        return RayFleet(
+            RaySettings(
+                data_dir=folder,
+                address=self.address,
+                namespace=f"t{abs(hash(folder))}",
+                plan=WorkerPlan(report_url=report_url, command=command),
+                inherited={"PATH": os.environ["PATH"], "PYTHONPATH": SOURCE, MARK: str(self.folder)},
+            ),
+            SystemClock(),
+        )
+
+    # --- breaking ------------------------------------------------------------------------------------------------
+    def kill_node(self, name: str) -> None:
+        """kill -9 of a raylet; what it started is left to itself."""
+        raylet = self.nodes.pop(name)
+        raylet.kill()
+        raylet.wait(10)
+
+    def freeze_node(self, name: str) -> None:
+        """A partition: the raylet neither answers nor dies."""
+        self.nodes[name].suspend()
+
+    def thaw_node(self, name: str) -> None:
+        self.nodes[name].resume()
+
+    def kill_head(self) -> None:
+        """kill -9 of everything the head runs: control store, raylet, monitors."""
+        for process in self.head_processes:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(self.head_processes, timeout=10)
+
+    def end_node(self, name: str) -> None:
+        """What `systemd` would do before it starts the node anew: end what is left of the old raylet."""
+        raylet = self.nodes.pop(name, None)
+        if raylet is not None:
+            with contextlib.suppress(psutil.Error):
+                raylet.kill()
+                raylet.wait(10)
+
+    def _processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def close(self) -> None:
+        """End every process that carries this cluster's folder, until none is left."""
+        for _ in range(5):
+            left = self._processes()
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(signal.SIGKILL)
+            psutil.wait_procs(left, timeout=5)
+            if not self._processes():
+                break
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _command(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
+@contextlib.contextmanager
+def ray_cluster(nodes: dict[str, int], **options: object) -> Iterator[RayCluster]:
+    cluster = RayCluster(**options)
+    try:
+        yield cluster.start(nodes=nodes)
+    finally:
+        cluster.close()
+
+
+def until(condition, limit_s: float = 60.0, every_s: float = 0.1):
+    """The condition's first true value. For tests that run no event loop."""
+    end = time.monotonic() + limit_s
+    while not (found := condition()):
+        assert time.monotonic() < end, f"not so within {limit_s} s: {condition}"
+        time.sleep(every_s)
+    return found
