@@ -21,7 +21,7 @@ $(VENV)/.run-ready: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev-ready: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing comfyfleet with everything its tests need into $(VENV) (once)"
-	$(PIP) -e '.[worker,control,engine,postgres,test,check]'
+	$(PIP) -e '.[worker,control,engine,postgres,ray,test,check]'
 	@touch $@ $(VENV)/.run-ready
 
 # The real `vastai` client pins much of its world, so it lives in an environment of its own.

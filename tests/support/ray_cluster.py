@@ -70,8 +70,10 @@ class RayCluster:
         temporary = self.folder / f"h{self._heads}"
         before = self._processes()
         self._ray(
-            ["--head", f"--port={self.port}", "--num-cpus=0", "--num-gpus=0", "--include-dashboard=false"]
-            + [f"--temp-dir={temporary}", f"--system-config={json.dumps(self.system_config)}"],
+            [
+                *("--head", f"--port={self.port}", "--num-cpus=0", "--num-gpus=0", "--include-dashboard=false"),
+                *(f"--temp-dir={temporary}", f"--system-config={json.dumps(self.system_config)}"),
+            ],
             folder=self.folder / "head",
         )
         self.head_processes = [process for process in self._processes() if process not in before]
@@ -107,8 +109,11 @@ class RayCluster:
             MARK: str(self.folder),
         }
         done = subprocess.run(
-            [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments, f"--object-store-memory={MEMORY}"]
-            + ["--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0"],
+            [
+                *(sys.executable, "-m", "ray.scripts.scripts", "start", *arguments),
+                *(f"--object-store-memory={MEMORY}", "--disable-usage-stats"),
+                *("--min-worker-port=0", "--max-worker-port=0"),
+            ],
             env=environment,
             capture_output=True,
             text=True,

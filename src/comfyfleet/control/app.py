@@ -166,9 +166,9 @@ async def open_control(
                     yield control
         finally:
             with anyio.CancelScope(shield=True):  # what was said must be saved, whatever ended us
-                # Workers on Ray are the cluster's, not this process's; others are ended unless another replica is there.
-                is_shared = sharing is not None and bool(sharing.replicas.others())
-                await routing.close(keep_workers=is_shared or settings.fleet == "ray")
+                # Workers on Ray are the cluster's. Others are ended, unless another replica is there.
+                has_others = sharing is not None and bool(sharing.replicas.others())
+                await routing.close(keep_workers=has_others or settings.fleet == "ray")
                 await logbook.flush()
                 await store.close()
 

@@ -30,7 +30,6 @@ class ControlSettings:
     public_url: str = ""
     advertise_url: str = ""
     master_key: str = field(default="", repr=False)
-    fleet: str = "none"  # local | none
     fleet: str = "none"  # local | ray | none
     ray_address: str = ""  # host:port of the Ray head
     ray_namespace: str = "comfyfleet"

@@ -144,7 +144,7 @@ class RayFleet:
         await self._look_now()
 
     async def drain(self, worker_id: int) -> None:
-        """Nothing to tell: routing has stopped, and `stop` sends SIGTERM, which a worker takes as "finish, then end"."""
+        """Nothing to tell: routing has stopped, and `stop` sends SIGTERM: "finish, then end"."""
 
     async def destroy(self, worker_id: int, *, grace_s: float = 10.0) -> None:
         if worker_id not in self._known:
