@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from comfyfleet.cli.up_installation import owned_processes
+from comfyfleet.testing.processes import free_port
 from support.plain_image import (
     NEEDS_A_DISTRIBUTION,
     ROOT,
     PlainImage,
-    a_free_port,
     build,
     instructions,
     started,
@@ -63,13 +63,13 @@ def environment(image: PlainImage, data_dir: Path, port: int, **more: str) -> di
         "COMFYFLEET_DATA_DIR": str(data_dir),
         "COMFYFLEET_WORKER_DIR": str(data_dir / "worker"),
         "COMFYFLEET_ENGINE_COMMAND": f"{image.home}/venv/bin/python -m comfyfleet.testing.fake_engine",
-        "COMFYFLEET_ENGINE_PORT": str(a_free_port()),
+        "COMFYFLEET_ENGINE_PORT": str(free_port()),
         "COMFYFLEET_WRAPPER_PORT": str(port),
         **more,
     }
 
 
-def nobody_serves(port: str, limit_s: float = 10.0) -> bool:
+def nobody_serves(port: str, limit_s: float = 60.0) -> bool:
     """The engine goes with its worker."""
     until = time.monotonic() + limit_s
     while time.monotonic() < until:
@@ -113,7 +113,7 @@ def test_every_run_line_is_run_here_or_needs_a_distribution():
 
 
 def test_the_images_entrypoint_comes_up_healthy_and_stops_on_a_signal(image: PlainImage, tmp_path: Path):
-    entry, data_dir, port = words_of(the("ENTRYPOINT")), tmp_path / "workspace", a_free_port()
+    entry, data_dir, port = words_of(the("ENTRYPOINT")), tmp_path / "workspace", free_port()
     words = [*entry[entry.index("--") + 1 :], *on(words_of(the("CMD")), port)]
     assert not is_healthy(image, port)
 
@@ -129,7 +129,7 @@ def test_the_images_entrypoint_comes_up_healthy_and_stops_on_a_signal(image: Pla
 @pytest.mark.parametrize("service", ["control", "worker"])
 def test_the_compose_files_commands_come_up_healthy(image: PlainImage, tmp_path: Path, service: str):
     found = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"][service]
-    data_dir, port = tmp_path / "workspace", a_free_port()
+    data_dir, port = tmp_path / "workspace", free_port()
     words = ["comfyfleet", *on([image.moved(word, data_dir) for word in found["command"]], port)]
     env = environment(image, data_dir, port, COMFYFLEET_WORKER_KEY="only-for-this-test")
 
@@ -161,7 +161,7 @@ def test_the_control_planes_unit_serves_on_the_socket_that_systemd_holds(image: 
 
 
 def test_the_wrappers_unit_serves_with_its_own_environment(image: PlainImage, tmp_path: Path):
-    service, data_dir, port = unit("comfyfleet-wrapper.service"), tmp_path / "data", a_free_port()
+    service, data_dir, port = unit("comfyfleet-wrapper.service"), tmp_path / "data", free_port()
     name, value = image.moved(service["Environment"], data_dir).split("=", 1)
     env = environment(image, data_dir, port, **{name: value})
     env.pop("COMFYFLEET_WORKER_DIR")  # the unit sets none
@@ -178,7 +178,7 @@ def test_the_wrappers_unit_serves_with_its_own_environment(image: PlainImage, tm
 def test_supervisords_programs_come_up_and_stop_in_their_time(image: PlainImage, tmp_path: Path, program: str):
     found = configparser.ConfigParser(interpolation=None, comment_prefixes=(";",))
     found.read(ROOT / "deploy" / "supervisord.conf")
-    section, data_dir, port = found[f"program:{program}"], tmp_path / "data", a_free_port()
+    section, data_dir, port = found[f"program:{program}"], tmp_path / "data", free_port()
     env = environment(image, data_dir, port)
     for pair in section.get("environment", "").split(","):
         if pair:

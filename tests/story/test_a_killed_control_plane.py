@@ -67,10 +67,7 @@ def killed_again_and_again(world: FleetWorld, kills: int, dice: random.Random) -
             time.sleep(dice.uniform(0.3, 1.5))
             world.plane.kill()
             world.plane.start()
-    until = time.monotonic() + 12
-    while not any(row["status"] == "idle" for row in world.worker_rows()):
-        assert time.monotonic() < until, "no worker is routable 12 s after the restart"
-        time.sleep(0.1)
+    world.until_ready()
 
     assert callers.refused == []
     assert len(callers.accepted) > kills

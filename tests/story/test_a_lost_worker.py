@@ -10,7 +10,7 @@ import pytest
 
 from support.fleet_world import FleetWorld
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +23,12 @@ def world(tmp_path_factory):
 
 
 def test_a_lost_workers_job_runs_again_elsewhere_and_is_told_so(world):
-    job_id = world.submit(1, sleep_s=4)
+    job_id = world.submit(1, gate="lost")
     first = world.until(job_id, "running")["worker_id"]
     record = json.loads((world.plane.folder / "workers" / str(first) / "local.json").read_text())
 
     os.killpg(os.getpgid(record["pid"]), signal.SIGKILL)
+    world.open_gate("lost")
 
     job = world.until(job_id, limit_s=60)
     assert job["status"] == "completed"

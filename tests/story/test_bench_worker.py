@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from comfyfleet.testing.processes import free_port
+
 pytestmark = pytest.mark.slow
 
 
@@ -21,8 +22,7 @@ pytestmark = pytest.mark.slow
 def wrapper(tmp_path_factory):
     """A standalone worker over a fake engine whose jobs take 50 ms; its base URL."""
     folder = tmp_path_factory.mktemp("wrapper")
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        port, engine = one.getsockname()[1], other.getsockname()[1]
+    port, engine = free_port(), free_port()
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "comfyfleet", "worker", "--standalone", "--port", str(port)),
@@ -34,21 +34,22 @@ def wrapper(tmp_path_factory):
         },
         stderr=subprocess.DEVNULL,
     )
-    base, until = f"http://127.0.0.1:{port}", time.monotonic() + 60
+    base, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
     try:
         while True:
             try:
-                with urllib.request.urlopen(f"{base}/health", timeout=5) as answer:
+                with urllib.request.urlopen(f"{base}/health", timeout=60) as answer:
                     health = json.loads(answer.read())
                     break
             except OSError:
+                assert process.poll() is None
                 assert time.monotonic() < until
                 time.sleep(0.1)
         assert "never one of a running or unread job" in health["cleanup"]["rule"]
         yield base
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(90)
 
 
 def bench(base: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -56,7 +57,7 @@ def bench(base: str, *words: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "comfyfleet", "bench-worker", "--url", base, *words],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
     )
 
 

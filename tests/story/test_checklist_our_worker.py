@@ -21,7 +21,7 @@ from support.control_plane import ControlPlane
 from support.fleet_world import FleetWorld, a_graph, asked
 from support.http_calls import post_json
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def a_fleet(folder: Path, **environment: str) -> ControlPlane:
     return plane
 
 
-def row_when(plane: ControlPlane, wanted, limit_s: float = 60.0) -> dict:
+def row_when(plane: ControlPlane, wanted, limit_s: float = 120.0) -> dict:
     until = time.monotonic() + limit_s
     rows: list[dict] = []
     while time.monotonic() < until:

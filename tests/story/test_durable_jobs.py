@@ -13,7 +13,7 @@ import pytest
 
 from support.fleet_world import FleetWorld, a_graph
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_a_failing_workflow_fails_once_and_says_which_node(world):
 
 
 def test_a_running_job_is_cancelled_at_its_worker_and_a_waiting_one_at_once(world):
-    running = world.submit(8, sleep_s=20)
+    running = world.submit(8, gate="never")
     world.until(running, "running")
     waiting = world.submit(9)
 
@@ -144,17 +144,18 @@ def test_a_running_job_is_cancelled_at_its_worker_and_a_waiting_one_at_once(worl
     world.plane.call("POST", f"/v1/jobs/{waiting}/cancel")
     world.plane.call("POST", f"/v1/jobs/{running}/cancel")
 
-    assert world.until(waiting, limit_s=5)["status"] == "cancelled"
-    assert world.until(running, limit_s=5)["status"] == "cancelled"
-    assert world.until(world.submit(10), limit_s=10)["status"] == "completed"
+    assert world.until(waiting)["status"] == "cancelled"
+    assert world.until(running)["status"] == "cancelled"  # its gate never opens
+    assert world.until(world.submit(10))["status"] == "completed"
 
 
 def test_a_deadline_that_passes_in_the_queue_fails_the_job_without_a_render(world):
-    blocker = world.submit(11, sleep_s=3, cost=1e9)
+    blocker = world.submit(11, gate="late", cost=1e9)
     world.until(blocker, "running")
     late = world.submit(12, deadline_s=0.5)
 
-    job = world.until(late, limit_s=10)
+    job = world.until(late)
+    world.open_gate("late")
     assert (job["status"], job["error"]["code"]) == ("failed", "deadline_exceeded")
     assert job["attempts"] == 0
     assert world.until(blocker)["status"] == "completed"
@@ -164,7 +165,7 @@ def test_the_end_is_told_once_and_signed_and_no_secret_is_shown(world, receiver)
     url = f"http://127.0.0.1:{receiver.server_address[1]}/hook?token=abc"
     job_id = world.submit(13, webhook={"url": url, "secret": "sesame", "extra_params": {"user": 1}})
     world.until(job_id)
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while not receiver.heard and time.monotonic() < until:
         time.sleep(0.05)
 
@@ -195,7 +196,7 @@ def test_one_keys_jobs_are_invisible_to_another(world):
 
 
 def test_a_key_over_its_rate_limit_is_told_when_to_come_back(world):
-    limits = {"requests_per_s": 1, "burst": 2, "max_waiting_jobs": 0}
+    limits = {"requests_per_s": 0.01, "burst": 2, "max_waiting_jobs": 0}
     _, made = world.plane.call("POST", "/v1/keys", {"name": "slow", "scopes": ["jobs"], "limits": limits})
     body = {"endpoint": "comfy", "input": {"workflow_json": a_graph(15)}}
     answers = [world.plane.call("POST", "/v1/jobs", body, key=made["key"]) for _ in range(4)]
@@ -232,13 +233,9 @@ def test_checklist_56_both_clients_list_the_same_workers(world):
 
 def test_what_was_used_is_on_the_ledger(world):
     world.until(world.submit(16))
-    until = time.monotonic() + 25
-    while time.monotonic() < until:
-        rows = world.plane.call("GET", "/v1/usage")[1]["usage"]
-        kinds = {row["kind"]: row["seconds"] for row in rows}
-        if {"gpu", "job"} <= kinds.keys():
-            break
+    until = time.monotonic() + 90
+    kinds: dict[str, float] = {}
+    while kinds.get("gpu", 0) <= 1 or kinds.get("job", 0) <= 0:
+        assert time.monotonic() < until, kinds
         time.sleep(0.5)
-
-    assert kinds["gpu"] > 1
-    assert kinds["job"] > 0
+        kinds = {row["kind"]: row["seconds"] for row in world.plane.call("GET", "/v1/usage")[1]["usage"]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -210,4 +209,5 @@ async def test_a_second_up_says_that_one_runs_and_where(machine: Machine) -> Non
 
     second.wait_for("already running")
     assert machine.url in second.lines[-1]
-    assert second.stop(signal.SIGINT) != 0
+    assert second.process.wait(timeout=120) != 0
+    second.stop()

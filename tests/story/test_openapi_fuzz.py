@@ -10,7 +10,7 @@ import pytest
 
 from comfyfleet.testing.processes import a_worker
 
-pytestmark = [pytest.mark.slow, pytest.mark.anyio, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.anyio, pytest.mark.timeout(280)]
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ async def store(kit: Kit, folder: Path, content: bytes, job: str, request: Gener
 
 async def read(url: str) -> bytes:
     def get() -> bytes:
-        with urllib.request.urlopen(url, timeout=20) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             return answer.read()
 
     return await anyio.to_thread.run_sync(get)
@@ -149,7 +149,7 @@ async def test_an_s3_that_does_not_work_costs_the_upload_not_the_job(
     s3: S3Server, tmp_path: Path, changes: dict, words: str
 ) -> None:
     async with a_worker(tmp_path, operator(s3, attempts=2, **changes)) as kit:
-        with anyio.fail_after(20):
+        with anyio.fail_after(90):
             output = await store(kit, tmp_path, b"a film", "job-4")
 
     assert (output.error, output.size_bytes) == ("", 6)

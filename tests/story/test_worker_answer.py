@@ -13,7 +13,7 @@ import pytest
 from comfyfleet import cli
 from comfyfleet.testing.processes import a_worker
 
-pytestmark = [pytest.mark.slow, pytest.mark.anyio, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.slow, pytest.mark.anyio, pytest.mark.timeout(280)]
 
 SAMPLES = Path(__file__).parent.parent / "data"
 REQUESTS = Path(cli.__file__).parent / "requests"

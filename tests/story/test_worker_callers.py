@@ -7,11 +7,9 @@ import json
 import anyio
 import pytest
 
-from comfyfleet.clock import SystemClock
 from comfyfleet.testing.processes import a_worker, picture
 
-pytestmark = [pytest.mark.slow, pytest.mark.anyio, pytest.mark.timeout(60)]
-CLOCK = SystemClock()
+pytestmark = [pytest.mark.slow, pytest.mark.anyio, pytest.mark.timeout(280)]
 
 
 @pytest.fixture(scope="module")
@@ -41,32 +39,27 @@ async def until(worker, job_id, status):
 
 
 async def test_cancelling_a_queued_job_stops_exactly_that_one(worker):
-    running = await accepted(worker, picture(1, seconds=1.0))
-    first, second, third = [await accepted(worker, picture(2 + n, seconds=0.1)) for n in range(3)]
+    running = await accepted(worker, picture(1, gate="queued"))
+    first, second, third = [await accepted(worker, picture(2 + n)) for n in range(3)]
 
-    began = CLOCK.monotonic()
     status, answer = await worker.post(f"/cancel/{second}", {})
-    took_s = CLOCK.monotonic() - began
 
     assert (status, answer["cancelled"]) == (200, True)
-    assert took_s < 2
-    assert (await worker.result(second))[0] == 499
+    assert (await worker.result(second))[0] == 499  # while the job before it still holds the engine
+    worker.open_gate("queued")
     assert [(await worker.result(job))[0] for job in (running, first, third)] == [200] * 3
 
 
 async def test_cancelling_a_running_job_frees_the_engine_for_the_next(worker):
-    running = await accepted(worker, picture(10, seconds=30))
+    running = await accepted(worker, picture(10, gate="never"))
     waiting = await accepted(worker, picture(11))
     await until(worker, running, "generating")
 
-    began = CLOCK.monotonic()
     await worker.post(f"/cancel/{running}", {})
 
-    assert CLOCK.monotonic() - began < 2
     status, answer = await worker.result(running)
     assert (status, answer["status"]) == (499, "cancelled")
-    with anyio.fail_after(5):
-        assert (await worker.result(waiting))[0] == 200
+    assert (await worker.result(waiting))[0] == 200
 
 
 async def test_cancelling_a_finished_job_changes_nothing(worker):
@@ -78,10 +71,16 @@ async def test_cancelling_a_finished_job_changes_nothing(worker):
     assert (await worker.get("/result/done"))[1]["output"] == done["output"]
 
 
+async def hang_up_once_accepted(worker, graph, request_id):
+    async with anyio.create_task_group() as caller:
+        caller.start_soon(lambda: worker.generate(graph, request_id=request_id))
+        while (await worker.get(f"/result/{request_id}"))[0] == 404:  # noqa: ASYNC110 - a process has no event of ours
+            await anyio.sleep(0.02)
+        caller.cancel_scope.cancel()
+
+
 async def test_a_caller_who_hangs_up_and_stays_away_cancels_its_job(worker):
-    with pytest.raises(TimeoutError):
-        with anyio.fail_after(0.5):
-            await worker.generate(picture(13, seconds=20), request_id="left")
+    await hang_up_once_accepted(worker, picture(13, gate="never"), "left")
 
     status, answer = await worker.settled("left")
 
@@ -91,11 +90,10 @@ async def test_a_caller_who_hangs_up_and_stays_away_cancels_its_job(worker):
 
 async def test_a_caller_who_comes_straight_back_joins_its_job(worker):
     before = sum((await worker.renders()).values())
-    with pytest.raises(TimeoutError):
-        with anyio.fail_after(0.5):
-            await worker.generate(picture(14, seconds=2.5), request_id="back")
+    graph = picture(14, seconds=2.5)  # longer than the grace for those who come back
+    await hang_up_once_accepted(worker, graph, "back")
 
-    status, _ = await worker.generate(picture(14, seconds=2.5), request_id="back")
+    status, _ = await worker.generate(graph, request_id="back")
 
     assert status == 200
     assert sum((await worker.renders()).values()) == before + 1
@@ -108,36 +106,40 @@ async def test_an_accepted_job_needs_no_caller(worker):
 
 
 async def test_a_deadline_stops_the_work(worker):
-    began = CLOCK.monotonic()
-    status, answer = await worker.generate(picture(16, seconds=30), deadline_s=1)
+    status, answer = await worker.generate(picture(16, gate="never"), deadline_s=1)
 
     assert status == 422
     assert answer["error"]["code"] == "deadline_exceeded"
-    assert CLOCK.monotonic() - began < 4
 
 
 async def test_a_job_that_waits_too_long_gives_its_place_back(worker):
-    running = await accepted(worker, picture(17, seconds=3))
+    running = await accepted(worker, picture(17, gate="long"))
     second = await accepted(worker, picture(18, seconds=0.5))
 
     status, answer = await worker.generate(picture(19), max_queue_wait_s=0.5)
 
     assert status == 503
     assert answer["error"]["code"] == "queue_wait_exceeded"
+    worker.open_gate("long")
     assert [(await worker.result(job))[0] for job in (running, second)] == [200, 200]
 
 
 async def test_a_full_queue_says_when_to_come_back(worker):
-    jobs = [await accepted(worker, picture(30 + n, seconds=0.6)) for n in range(8)]
-    body = {"input": {"workflow_json": picture(40)}}
-
-    async with worker.session.post(f"{worker.base_url}/generate/sync", json=body) as answer:
-        status, refusal = answer.status, await answer.json()
-        retry_after = answer.headers.get("Retry-After", "")
+    jobs = []
+    for number in range(20):  # six wait; one renders and one stands ready behind it, once the worker took them up
+        body = {"input": {"workflow_json": picture(30 + number, seconds=0.6, gate="full")}}
+        async with worker.session.post(f"{worker.base_url}/generate", json=body) as answer:
+            status, told = answer.status, await answer.json()
+            retry_after = answer.headers.get("Retry-After", "")
+        if status != 202:
+            break
+        jobs.append(told["id"])
 
     assert status == 503
-    assert refusal["error"]["code"] == "queue_full"
+    assert told["error"]["code"] == "queue_full"
     assert 1 <= int(retry_after) <= 10
+    assert 6 <= len(jobs) <= 8
+    worker.open_gate("full")
     for job in jobs:
         assert (await worker.result(job))[0] == 200
 

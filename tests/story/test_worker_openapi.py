@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 
 from comfyfleet.testing.processes import standalone_worker
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 JUSTIFIED = {503, 507}
 CHECKS = list(HealthCheck)
 

@@ -10,7 +10,7 @@ import pytest
 
 from comfyfleet.testing.processes import a_worker, fake_engine, picture
 
-pytestmark = [pytest.mark.slow, pytest.mark.anyio, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.slow, pytest.mark.anyio, pytest.mark.timeout(280)]
 
 
 @pytest.fixture(scope="module")

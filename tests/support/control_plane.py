@@ -61,12 +61,12 @@ class ControlPlane:
             self.until_healthy()
         return self
 
-    def until_healthy(self, limit_s: float = 30.0) -> None:
+    def until_healthy(self, limit_s: float = 120.0) -> None:
         """The socket accepts at once (it is ours); this waits for the first answer."""
         until = time.monotonic() + limit_s
         while True:
             try:
-                with urllib.request.urlopen(f"{self.base}/health", timeout=5) as answer:
+                with urllib.request.urlopen(f"{self.base}/health", timeout=30) as answer:
                     assert answer.status == 200
                     return
             except OSError:
@@ -74,6 +74,7 @@ class ControlPlane:
                     raise AssertionError(f"the control plane ended:\n{self.log[-4000:]}") from None
                 if time.monotonic() > until:
                     raise AssertionError(f"the control plane does not answer:\n{self.log[-4000:]}") from None
+                time.sleep(0.05)
 
     def kill(self) -> None:
         """kill -9: nothing is said or saved on the way out."""
@@ -85,7 +86,7 @@ class ControlPlane:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(timeout=20)
+                self.process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -109,7 +110,7 @@ class ControlPlane:
             },
         )
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, _parsed(answer.read())
         except urllib.error.HTTPError as error:
             with error:

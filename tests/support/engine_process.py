@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,9 @@ from pathlib import Path
 import aiohttp
 import anyio
 
-START_LIMIT_S = 90
+from comfyfleet.testing.processes import free_port
+
+START_LIMIT_S = 180
 WAIT_S = 60
 
 
@@ -50,12 +51,6 @@ class RunningEngine:
         return int(children[0])
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextmanager
 def embedded_engine(
     folder: Path, *, models: Path | None = None, miniatures: Path | None = None
@@ -81,7 +76,7 @@ def embedded_engine(
             yield RunningEngine(kind="embedded", port=port, folder=folder, process=process)
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(timeout=20)
+            process.wait(timeout=90)
 
 
 @contextmanager
@@ -98,7 +93,7 @@ def faked_engine(folder: Path) -> Iterator[RunningEngine]:
             yield RunningEngine(kind="fake", port=port, folder=folder, process=process)
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(timeout=20)
+            process.wait(timeout=90)
 
 
 def wait_until_ready(process: subprocess.Popen, port: int, log: Path) -> None:
@@ -107,7 +102,7 @@ def wait_until_ready(process: subprocess.Popen, port: int, log: Path) -> None:
         if process.poll() is not None:
             break
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/system_stats", timeout=5):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/system_stats", timeout=30):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)

@@ -16,8 +16,8 @@ from support.vastai import run_vastai
 JOB_S = 0.05
 
 
-def a_graph(number: int = 0, *, fault: str = "", sleep_s: float = 0.0) -> dict[str, Any]:
-    """A picture no other number has, so that no cache answers for it."""
+def a_graph(number: int = 0, *, fault: str = "", sleep_s: float = 0.0, gate: str = "") -> dict[str, Any]:
+    """A picture no other number has, so that no cache answers for it. gate: it waits for `FleetWorld.open_gate`."""
     graph = {
         "1": {
             "class_type": "EmptyImage",
@@ -31,6 +31,9 @@ def a_graph(number: int = 0, *, fault: str = "", sleep_s: float = 0.0) -> dict[s
     if sleep_s:
         graph["4"] = {"class_type": "FakeSleep", "inputs": {"images": ["1", 0], "seconds": sleep_s}}
         graph["2"]["inputs"]["images"] = ["4", 0]
+    if gate:
+        graph["5"] = {"class_type": "FakeGate", "inputs": {"images": ["1", 0], "gate": gate}}
+        graph["2"]["inputs"]["images"] = ["5", 0]
     return graph
 
 
@@ -67,7 +70,7 @@ class FleetWorld:
         self.until_ready()
         return self
 
-    def until_ready(self, limit_s: float = 60.0) -> None:
+    def until_ready(self, limit_s: float = 120.0) -> None:
         until = time.monotonic() + limit_s
         while sum(row["status"] == "idle" for row in self.worker_rows()) < self.workers:
             assert time.monotonic() < until, f"workers: {self.worker_rows()}\n{self.plane.log[-3000:]}"
@@ -76,8 +79,14 @@ class FleetWorld:
     def worker_rows(self) -> list[dict[str, Any]]:
         return self.plane.call("GET", "/v1/workers")[1]["workers"]
 
-    def submit(self, number: int, *, key: str | None = None, sleep_s: float = 0.0, fault: str = "", **fields) -> str:
-        graph = a_graph(number, fault=fault, sleep_s=sleep_s)
+    def open_gate(self, name: str) -> None:
+        """Let the renders go on that wait at this gate."""
+        self.ledger.with_name(f"gate-{name}").touch()
+
+    def submit(
+        self, number: int, *, key: str | None = None, fault: str = "", sleep_s: float = 0.0, gate: str = "", **fields
+    ) -> str:
+        graph = a_graph(number, fault=fault, sleep_s=sleep_s, gate=gate)
         body = {"endpoint": "comfy", "input": {"workflow_json": graph}, **fields}
         status, answer = self.plane.call("POST", "/v1/jobs", body, key=key)
         assert status == 202, answer
@@ -86,7 +95,7 @@ class FleetWorld:
     def job(self, job_id: str, *, key: str | None = None) -> dict[str, Any]:
         return self.plane.call("GET", f"/v1/jobs/{job_id}", key=key)[1]
 
-    def until(self, job_id: str, *statuses: str, limit_s: float = 60.0) -> dict[str, Any]:
+    def until(self, job_id: str, *statuses: str, limit_s: float = 120.0) -> dict[str, Any]:
         """The job, once it has one of these statuses (final ones unless said otherwise)."""
         wanted = statuses or ("completed", "failed", "cancelled")
         until = time.monotonic() + limit_s
@@ -95,7 +104,7 @@ class FleetWorld:
             time.sleep(0.05)
         return job
 
-    def events(self, job_id: str, *, after: int = 0, limit_s: float = 60.0) -> list[tuple[int, str, dict[str, Any]]]:
+    def events(self, job_id: str, *, after: int = 0, limit_s: float = 120.0) -> list[tuple[int, str, dict[str, Any]]]:
         """(seq, kind, data) of each event until the stream ends."""
         request = urllib.request.Request(
             f"{self.plane.base}/v1/jobs/{job_id}/events",
@@ -136,4 +145,4 @@ def asked(world: FleetWorld, body: str, **values: Any) -> Any:
             endpoint = await client.get_endpoint(name="comfy")
     """
     snippet = textwrap.dedent(opened).rstrip() + "\n" + textwrap.indent(textwrap.dedent(body).strip("\n"), "    ")
-    return run_vastai(snippet, base=world.plane.base, key=world.plane.key, timeout_s=100, **values)
+    return run_vastai(snippet, base=world.plane.base, key=world.plane.key, timeout_s=200, **values)

@@ -79,7 +79,7 @@ class Machine:
     def stop(self, how: signal.Signals = signal.SIGINT) -> int:
         if self.process.poll() is None:
             self.process.send_signal(how)
-        code = self.process.wait(timeout=60)
+        code = self.process.wait(timeout=120)
         self._reader.join(timeout=10)
         return code
 

@@ -109,7 +109,7 @@ class Started:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def until(self, is_so: object, limit_s: float = 60.0) -> None:
+    def until(self, is_so: object, limit_s: float = 120.0) -> None:
         """Poll `is_so()`; fails with the log when the process ends or time is up."""
         until = time.monotonic() + limit_s
         while not is_so():  # type: ignore[operator]
@@ -143,12 +143,6 @@ def started(
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def a_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def words_of(value: str) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import threading
 import time
@@ -12,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from comfyfleet.testing.processes import free_port
 from support.vastai import vastai_python
 
 _SCRIPT = """
@@ -28,12 +28,6 @@ Worker(WorkerConfig(
     log_action_config=LogActionConfig(on_load=["MODEL READY"], on_error=["MODEL BROKEN"], on_info=[]),
 )).run(host="127.0.0.1")
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class StandInModel:

@@ -54,7 +54,7 @@ def environment() -> dict[str, str]:
     return {**{name: os.environ[name] for name in kept if name in os.environ}, "XDG_CONFIG_HOME": "/nonexistent"}
 
 
-def run_vastai(snippet: str, *, base: str, key: str, timeout_s: float = 60.0, **values: Any) -> Any:
+def run_vastai(snippet: str, *, base: str, key: str, timeout_s: float = 180.0, **values: Any) -> Any:
     """The snippet's RESULT."""
     script = _PRELUDE % textwrap.indent(textwrap.dedent(snippet), "    ")
     done = subprocess.run(
@@ -71,7 +71,7 @@ def run_vastai(snippet: str, *, base: str, key: str, timeout_s: float = 60.0, **
     return json.loads(answer)
 
 
-def run_vastai_command(*arguments: str, base: str, key: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess:
+def run_vastai_command(*arguments: str, base: str, key: str, timeout_s: float = 180.0) -> subprocess.CompletedProcess:
     """The real command line: `vastai <arguments>` against our control plane."""
     command = [str(vastai_python().with_name("vastai")), *arguments, "--url", base, "--api-key", key]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment(), check=False)

@@ -1,7 +1,7 @@
 """The fake engine's nodes: enough declarations to check a graph as ComfyUI does, and tiny real files to save.
 
 Not a renderer. A node here has inputs to check, a time to take and perhaps a file to leave; nothing is computed.
-The `Fake*` nodes exist for tests: a silent wait, a fault in mid-run, a file of any size.
+The `Fake*` nodes exist for tests: a silent wait, a wait that a test ends, a fault in mid-run, a file of any size.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ NODES: dict[str, FakeNode] = {
     "CreateVideo": FakeNode(inputs={"images": "IMAGE", "fps": "FLOAT"}, outputs=("VIDEO",)),
     # For tests only.
     "FakeSleep": FakeNode(inputs={"images": "IMAGE", "seconds": "FLOAT"}, outputs=("IMAGE",)),
+    "FakeGate": FakeNode(inputs={"images": "IMAGE", "gate": "STRING"}, outputs=("IMAGE",)),
     "FakeFault": FakeNode(inputs={"images": "IMAGE", "fault": "STRING"}, outputs=("IMAGE",)),
     "FakeBig": FakeNode(
         inputs={"size_bytes": "INT", "filename_prefix": "STRING"}, saves=("files", "bin", "output"), is_output=True

@@ -232,6 +232,8 @@ class FakeWorker(threading.Thread):
             self._load(str(values["image"]))
         elif name == "FakeSleep":
             self._work(float(values["seconds"]))
+        elif name == "FakeGate":
+            self._wait_at(str(values["gate"]))
         elif name.startswith("KSampler"):
             steps = int(values["steps"])
             for step in range(1, steps + 1):
@@ -250,6 +252,13 @@ class FakeWorker(threading.Thread):
     def _work(self, seconds: float) -> None:
         if self._stop_now.wait(seconds):
             raise _Interrupted
+
+    def _wait_at(self, gate: str) -> None:
+        """Until somebody makes the file `gate-<name>` beside the ledger: a run that lasts as long as a test wants."""
+        if self._ledger is None:
+            raise _NodeFault("ValueError", "a gate lies beside the ledger, and there is none")
+        while not self._ledger.with_name(f"gate-{gate}").exists():
+            self._work(0.01)
 
     def _strike(self, fault: str) -> None:
         if fault == "oom":

@@ -5,6 +5,7 @@ Nothing here waits by the clock alone: readiness is asked for, and a process tha
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -21,18 +22,28 @@ import anyio
 import anyio.to_thread
 
 Graph = dict[str, dict[str, Any]]
-READY_TIMEOUT_S = 60.0
+READY_TIMEOUT_S = 120.0
+
+
+# Below what systems hand out for port 0 and for calls going out (32768 on Linux), above our own default ports: what is
+# chosen here stays free until the process it is meant for has started. Each process of a test run has its own stretch.
+_STRETCH = 200
+_PORTS = itertools.cycle(range(_STRETCH))
+_FIRST_PORT = 20_000 + os.getpid() % 60 * _STRETCH
 
 
 def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A free port that nobody is given by chance, and that this process chooses once in 200 calls."""
+    for _ in range(_STRETCH):
+        port = _FIRST_PORT + next(_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free port is left")
 
 
-def picture(color: int, *, prefix: str = "picture", seconds: float = 0.0, fault: str = "") -> Graph:
-    """The trivial graph; `seconds` puts a silent wait before the save, `fault` a FakeFault."""
+def picture(color: int, *, prefix: str = "picture", seconds: float = 0.0, fault: str = "", gate: str = "") -> Graph:
+    """The trivial graph; before the save come a silent wait of `seconds`, a `gate` to be opened, a FakeFault."""
     graph: Graph = {
         "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": color}}
     }
@@ -40,6 +51,9 @@ def picture(color: int, *, prefix: str = "picture", seconds: float = 0.0, fault:
     if seconds:
         graph["2"] = {"class_type": "FakeSleep", "inputs": {"images": [last, 0], "seconds": seconds}}
         last = "2"
+    if gate:
+        graph["5"] = {"class_type": "FakeGate", "inputs": {"images": [last, 0], "gate": gate}}
+        last = "5"
     if fault:
         graph["3"] = {"class_type": "FakeFault", "inputs": {"images": [last, 0], "fault": fault}}
         last = "3"
@@ -102,7 +116,7 @@ class Running:
         with suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
         try:
-            self.process.wait(15)
+            self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -160,6 +174,10 @@ class WorkerProcess(Running):
         """Ask the fake engine for faults (`POST /fake`)."""
         async with self._http().post(self.engine_url + "/fake", json=faults) as answer:
             answer.raise_for_status()
+
+    def open_gate(self, name: str) -> None:
+        """Let the renders go on that wait at this gate."""
+        (self.folder / f"gate-{name}").touch()
 
     async def renders(self) -> dict[str, int]:
         """How often the engine's present process rendered each prompt id, without canaries."""

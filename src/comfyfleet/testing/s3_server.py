@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from comfyfleet.clock import SystemClock
+from comfyfleet.testing.processes import free_port
 
 ACCESS_KEY_ID = "test-access-key"
 SECRET_ACCESS_KEY = "test-secret-key"  # noqa: S105 - of a server that lives for one test
@@ -38,7 +38,7 @@ _PORTS = (
     "admin.port",
     "admin.port.grpc",
 )
-_START_S = 30.0
+_START_S = 90.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
     keys = {"accessKey": ACCESS_KEY_ID, "secretKey": SECRET_ACCESS_KEY}
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
     config.write_text(json.dumps({"identities": [{"name": "test", "credentials": [keys], "actions": actions}]}))
-    ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+    ports = {name: free_port() for name in _PORTS}
     command = [
         weed_command(),
         "mini",
@@ -95,15 +95,6 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
         finally:
             process.kill()  # its data goes with the folder; a graceful end waits ten seconds for idle connections
             process.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, all different."""
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def _wait(endpoint_url: str, process: subprocess.Popen[bytes]) -> None:
