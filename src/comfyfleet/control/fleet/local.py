@@ -9,6 +9,7 @@ they end with one that stops in order.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import shutil
@@ -27,7 +28,7 @@ from comfyfleet.clock import Clock
 from comfyfleet.control.fleet import detached
 from comfyfleet.control.fleet.base import FleetEvent, FleetNode, FleetWorker, NoCapacity, Presence, WorkerSpec
 from comfyfleet.control.fleet.events import EventLog
-from comfyfleet.control.fleet.slots import Slot, find_slot
+from comfyfleet.control.fleet.slots import PortClaims, Slot, find_slot
 from comfyfleet.settings.machine import OWNER_VARIABLE
 from comfyfleet.wire.errors import NotFound
 
@@ -75,10 +76,10 @@ class LocalSettings(msgspec.Struct, frozen=True, kw_only=True):
 class LocalFleet:
     """Implements `base.FleetProvider`."""
 
-    def __init__(self, settings: LocalSettings, clock: Clock, *, find: Callable[..., Slot] = find_slot) -> None:
+    def __init__(self, settings: LocalSettings, clock: Clock, *, find: Callable[..., Slot] | None = None) -> None:
         self._settings = settings
         self._clock = clock
-        self._find_slot = find
+        self._find_slot = find or functools.partial(find_slot, is_free=PortClaims().claim)
         self._folder = settings.data_dir / "workers"
         self._children: dict[int, anyio.abc.Process] = {}
         self._lock = anyio.Lock()
