@@ -63,22 +63,24 @@ def test_a_worker_whose_disk_is_full_refuses_jobs_with_507_and_is_not_ready(tmp_
     old = an_output(tmp_path, "old", age_s=2 * DAY_S)
     port, engine = free_port(), free_port()
     base = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "comfyfleet", "worker", "--standalone", "--port", str(port)),
-            *("--engine-port", str(engine), "--data-dir", str(tmp_path)),
-        ],
-        env={
-            **os.environ,
-            "COMFYFLEET_ENGINE_COMMAND": f"{sys.executable} -m comfyfleet.testing.fake_engine",
-            "COMFYFLEET_MIN_FREE_BYTES": str(10**18),
-        },
-        stderr=subprocess.DEVNULL,
-    )
+    log = tmp_path / "worker.log"
+    with log.open("wb") as said:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "comfyfleet", "worker", "--standalone", "--port", str(port)),
+                *("--engine-port", str(engine), "--data-dir", str(tmp_path)),
+            ],
+            env={
+                **os.environ,
+                "COMFYFLEET_ENGINE_COMMAND": f"{sys.executable} -m comfyfleet.testing.fake_engine",
+                "COMFYFLEET_MIN_FREE_BYTES": str(10**18),
+            },
+            stderr=said,
+        )
     try:
         until = time.monotonic() + 120
         while True:
-            assert process.poll() is None
+            assert process.poll() is None, log.read_text()
             assert time.monotonic() < until
             try:
                 status, health = call("GET", f"{base}/health")

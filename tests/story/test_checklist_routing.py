@@ -125,21 +125,12 @@ def test_checklist_15_a_worker_nobody_reaches_is_left_out_and_the_loop_is_slowed
 
     answer = run_vastai(
         """
-        import vastai.serverless.client.connection as connection
-        asked, inner = [], connection._open_once
-
-        async def counted(**call):  # counts, changes nothing
-            if call["route"] == "/route/":
-                asked.append(time.time())
-            return await inner(**call)
-
-        connection._open_once = counted
         async with Serverless(KEY, autoscaler_url=BASE, webserver_url=BASE) as client:
             endpoint = await client.get_endpoint(NAME)
             try:
                 await asyncio.wait_for(endpoint.request("/generate/sync", {"input": {}}), 5.0)
             except BaseException as error:
-                RESULT = [type(error).__name__, len(asked)]
+                RESULT = [type(error).__name__, len(called("/route/"))]
         """,
         base=plane.base,
         key=plane.key,
@@ -149,7 +140,7 @@ def test_checklist_15_a_worker_nobody_reaches_is_left_out_and_the_loop_is_slowed
     _, second = route(plane, endpoint, request_idx=first_again["request_idx"])
 
     assert answer[0] in ("TimeoutError", "CancelledError")
-    assert answer[1] < 20 * 5, "the throttle did not hold the client's loop"
+    assert 2 <= answer[1] < 20 * 5, "the throttle did not hold the client's loop"
     assert "url" not in second, "the same request was sent to the same dead worker"
 
 

@@ -6,8 +6,8 @@
     ''', base=url, key=key)
 
 The snippet is the body of an async function; it leaves its answer in `RESULT`. `BASE`, `KEY` and everything passed as
-`values` are at hand, and so are `Serverless`, `VastAI`, `asyncio`, `json`, `time`. An exception ends the test with its
-traceback.
+`values` are at hand, and so are `Serverless`, `VastAI`, `asyncio`, `json`, `time`, and `called(path)`: when each HTTP
+call of the client to that path began. An exception ends the test with its traceback.
 """
 
 from __future__ import annotations
@@ -29,6 +29,18 @@ globals().update(VALUES)
 from vastai import Serverless, CoroutineServerless, VastAI
 Serverless.SSL_CERT_URL = BASE + "/static/jvastai_root.cer"
 CoroutineServerless.SSL_CERT_URL = Serverless.SSL_CERT_URL
+
+import aiohttp
+CALLS = []
+
+async def _counted(self, method, url, _inner=aiohttp.ClientSession._request, **options):
+    CALLS.append((str(url), time.monotonic()))
+    return await _inner(self, method, url, **options)
+
+aiohttp.ClientSession._request = _counted
+
+def called(path):
+    return [at for url, at in CALLS if url.split("?")[0].endswith(path)]
 
 async def main():
     RESULT = None
