@@ -14,6 +14,14 @@ import anyio
 import uvicorn
 from starlette.types import ASGIApp
 
+from comfyfleet.wire.errors import FleetError
+
+
+class CannotListen(FleetError):
+    """This address cannot be listened on: taken, not of this machine, or no address at all."""
+
+    code, status = "cannot_listen", 409
+
 
 class QuietServer(uvicorn.Server):
     """Runs until cancelled or until `should_exit` is set; never touches a signal."""
@@ -24,14 +32,14 @@ class QuietServer(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket to serve on. Raises OSError when the port is taken."""
+    """A socket to serve on. Raises CannotListen, saying why."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError:
+    except (OSError, OverflowError, UnicodeError) as problem:  # taken or foreign; no port; no host name
         listener.close()
-        raise
+        raise CannotListen(f"cannot listen on {host}:{port}: {getattr(problem, 'strerror', problem)}") from problem
     return listener
 
 

@@ -15,6 +15,9 @@ from starlette.responses import Response
 
 from comfyfleet.wire.errors import FleetError
 
+# What msgspec raises for bytes that are no JSON. JSON of another shape, its ValidationError, is one of them too.
+NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
+
 _encoder = msgspec.json.Encoder()
 
 

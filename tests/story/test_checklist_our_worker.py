@@ -58,6 +58,10 @@ def test_checklist_25_our_worker_refuses_a_ticket_that_is_not_for_this_request(w
     assert refusal(cost=1) == (401, "changed_cost")
     assert refusal(reqnum=auth["reqnum"] + 1) == (401, "changed_reqnum")
 
+    for rest in ({}, {"payload": [1]}, {"payload": None}):  # nothing is told of the rest to who holds no ticket
+        status, _ = post_json(f"{routed['url']}/generate/sync", {"auth_data": {**auth, "cost": 1}, **rest})
+        assert status == 401
+
 
 def test_checklist_35_a_result_has_every_field_of_the_known_client(world: FleetWorld) -> None:
     result = asked(world, 'RESULT = await endpoint.request("/generate/sync", PAYLOAD)', PAYLOAD=payload(a_graph(10)))

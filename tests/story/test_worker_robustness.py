@@ -67,6 +67,32 @@ async def test_a_chain_of_two_thousand_nodes_is_refused_in_one_sentence(worker):
     assert len(answer["message"]) < 200
 
 
+async def test_a_link_to_a_node_that_is_not_there_is_refused_by_node_and_input_under_the_callers_id(worker):
+    graph = picture(3)
+    graph["9"] = {"class_type": "SaveImage", "inputs": {"images": ["77", 0], "filename_prefix": "x"}}
+
+    status, answer = await worker.generate(graph, request_id="dangling")
+
+    assert (status, answer["id"]) == (422, "dangling")
+    assert (answer["error"]["details"]["node_id"], answer["error"]["details"]["input"]) == ("9", "images")
+    assert "node '77', which is not in the workflow" in answer["message"]
+
+
+async def test_every_refusal_has_the_one_shape_and_carries_the_callers_id(worker):
+    shape = {"id", "message", "status", "comfyui_response", "output", "timings", "miniature", "error"}
+    wrong_method = await worker.get("/generate/sync")
+    long_name = await worker.get(f"/result/{'a' * 300}")
+    cycle = {"1": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "x"}}}
+    private = await worker.generate(picture(4), request_id="mine", webhook={"url": "http://127.0.0.1:1/"})
+
+    for status, answer in (wrong_method, long_name, private, refused := await worker.generate(cycle, request_id="own")):
+        assert 400 <= status < 500
+        assert set(answer) == shape
+    assert (wrong_method[0], refused[1]["id"], private[1]["id"]) == (405, "own", "mine")
+    assert long_name[1]["error"]["details"]["field"] == "path.job_id"
+    assert private[1]["error"]["details"]["field"] == "input.webhook.url"
+
+
 async def test_an_id_that_leaves_the_output_folder_is_refused_and_writes_nothing(worker):
     status, answer = await worker.generate(picture(3), request_id="../../escape/x")
 

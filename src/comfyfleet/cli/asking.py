@@ -81,7 +81,7 @@ def show(value: Any) -> None:
 def _text(name: str, value: Any) -> str:
     if value is None or value == "":
         return "-"
-    if name.endswith("_at") and isinstance(value, int | float):
+    if (name == "at" or name.endswith("_at")) and isinstance(value, int | float):
         return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S")
     if isinstance(value, list | tuple):
         return ",".join(str(item) for item in value) or "all"

@@ -9,13 +9,14 @@ import anyio
 import click
 
 from comfyfleet import logs
+from comfyfleet.cli.values import PORT
 from comfyfleet.control.app import listen, serve
 from comfyfleet.settings.control import DEFAULT_PORT, control_settings
 
 
 @click.command()
 @click.option("--host", help="Address to listen on; loopback unless told otherwise.")
-@click.option("--port", type=int, help=f"Port; {DEFAULT_PORT} unless told otherwise, 0 takes a free one.")
+@click.option("--port", type=PORT, help=f"Port; {DEFAULT_PORT} unless told otherwise, 0 takes a free one.")
 @click.option("--fd", type=int, help="An inherited listening socket, instead of host and port.")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Keys, database and files.")
 @click.option(
@@ -23,7 +24,7 @@ from comfyfleet.settings.control import DEFAULT_PORT, control_settings
 )
 @click.option("--ray-address", help="host:port of the Ray head, for --fleet ray.")
 @click.option("--database", help="postgresql://… instead of the SQLite file in the data directory.")
-@click.option("--max-workers", type=int, help="At most so many workers on this machine.")
+@click.option("--max-workers", type=click.IntRange(min=0), help="At most so many workers on this machine.")
 @click.option("--public-url", help="How workers and callers reach this control plane.")
 @click.option("--advertise-url", help="How the other control planes of a shared database reach this one.")
 @click.option("--tls-cert", type=click.Path(path_type=Path, exists=True), help="PEM certificate chain.")

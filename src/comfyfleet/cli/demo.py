@@ -26,6 +26,7 @@ import click
 
 from comfyfleet.cli.demo_checks import film_faults, probe_film, probe_song, song_faults
 from comfyfleet.cli.lifeline import LIFELINE_VARIABLE
+from comfyfleet.cli.values import PORT
 from comfyfleet.client import Endpoint, Serverless
 from comfyfleet.wire.errors import Unavailable
 
@@ -65,7 +66,7 @@ class DemoRow:
     show_default=True,
     help="For the files.",
 )
-@click.option("--port", default=0, help="Port of the control plane; 0 takes a free one.")
+@click.option("--port", type=PORT, default=0, help="Port of the control plane; 0 takes a free one.")
 def command(output_dir: Path, port: int) -> None:
     """Send the documents' two requests through a fleet of one, and check the files."""
     sys.exit(anyio.run(_demo, output_dir.resolve(), port))

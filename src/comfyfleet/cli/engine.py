@@ -8,6 +8,7 @@ import click
 import uvicorn
 
 from comfyfleet import logs
+from comfyfleet.cli.values import PORT
 from comfyfleet.clock import SystemClock
 from comfyfleet.engine.render.setup import RenderSettings
 from comfyfleet.engine.server.app import build
@@ -18,7 +19,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=18188, show_default=True)
+@click.option("--port", type=PORT, default=18188, show_default=True)
 @click.option("--models-dir", type=FOLDER, required=True, help="Model folders, as ComfyUI has them.")
 @click.option("--miniatures-dir", type=FOLDER, required=True, help="Searched after the models folder; filled at start.")
 @click.option("--input-dir", type=FOLDER, required=True)

@@ -36,6 +36,8 @@ def set_variables(ask: Asking, assignments: tuple[str, ...], plain: bool) -> Non
     """NAME=VALUE …; a NAME alone reads its value from standard input, so that no shell history keeps it."""
     for assignment in assignments:
         name, has_value, value = assignment.partition("=")
+        if not name:
+            raise click.UsageError(f"{assignment!r} names no variable")
         if not has_value:
             value = sys.stdin.readline().rstrip("\n")
         ask("PUT", f"/v1/env/{quote(name, safe='')}", {"value": value, "is_secret": not plain})

@@ -71,13 +71,31 @@ def command() -> None:
 
 
 def main() -> None:
-    """Run the command line; a FleetError is one line on stderr and exit code 1, never a traceback."""
+    """Run the command line. What a user or his machine can mend is one line on stderr and exit code 1, no traceback."""
     hold_lifeline()
     # Torch's OpenMP threads spin while they wait; with a few busy processes beside them that made a render five times
     # slower (measured: 21 s against 4 s). The library reads this once, when it is loaded; children inherit it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         command(prog_name="comfyfleet")
-    except FleetError as error:
-        click.echo(f"comfyfleet: {error.message}", err=True)
+    except (FleetError, OSError, BaseExceptionGroup) as error:
+        reason = _mendable(error)
+        if reason is None:
+            raise
+        click.echo(f"comfyfleet: {reason}", err=True)
         sys.exit(1)
+
+
+def _mendable(error: BaseException) -> str | None:
+    """What to tell of a refusal, or of a file that this machine does not give; None for what is our own fault.
+
+    Of several that ended a task group together the first speaks, and only when every one of them is of that kind.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        reasons = [_mendable(one) for one in error.exceptions]
+        return None if None in reasons else reasons[0]
+    if isinstance(error, FleetError):
+        return error.message
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return None

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ import anyio.abc
 import click
 
 from comfyfleet import logs
-from comfyfleet.cli.up_installation import end_processes, held_lock, owned_processes, write_client_file
-from comfyfleet.cli.up_supervisor import ControlPlaneSupervisor, become_subreaper, bind
+from comfyfleet.cli.up_installation import end_processes, held_lock, owned_processes, say_where, write_client_file
+from comfyfleet.cli.up_supervisor import ControlPlaneSupervisor, become_subreaper, listen
+from comfyfleet.cli.values import PORT
 from comfyfleet.client import Serverless
 from comfyfleet.settings.client import config_file
 from comfyfleet.settings.machine import OWNER_VARIABLE, default_data_dir
-from comfyfleet.wire.errors import FleetError, Unavailable
+from comfyfleet.wire.errors import FleetError, NotFound, Unavailable
 
 ENDPOINT = "comfyui-json"
 START_LIMIT_S = 30.0
@@ -43,8 +45,12 @@ class UpOptions:
 @click.command()
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Where everything is kept.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address of the control plane.")
-@click.option("--port", default=8080, show_default=True, help="Port of the control plane; 0 takes a free one.")
-@click.option("--max-workers", default=0, help="At most so many workers; 0 is one per GPU, or one.")
+@click.option(
+    "--port", type=PORT, default=8080, show_default=True, help="Port of the control plane; 0 takes a free one."
+)
+@click.option(
+    "--max-workers", type=click.IntRange(min=0), default=0, help="At most so many workers; 0 is one per GPU, or one."
+)
 @click.option("--template", default="local", show_default=True, help="Template of the first workergroup.")
 @click.option("--no-link", is_flag=True, help="Do not link client.toml into the user's configuration folder.")
 def command(data_dir: Path | None, host: str, port: int, max_workers: int, template: str, no_link: bool) -> None:
@@ -73,9 +79,14 @@ def gpu_count() -> int:
 
 
 async def _up(options: UpOptions) -> int:
-    listener = bind(options.host, options.port)
-    url = f"http://{options.host}:{listener.getsockname()[1]}"
-    with listener, held_lock(options.data_dir, url):
+    with (
+        held_lock(options.data_dir) as lock,  # before the port: the same `up` again is told where the first one is
+        listen(options.host, options.port) as listener,
+        # To the very end: a second Ctrl-C must not cut the tidying short.
+        anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals,
+    ):
+        url = _url(options.host, listener.getsockname()[1])
+        say_where(lock, url)
         if orphans := owned_processes(options.data_dir):
             click.echo(f"ending {len(orphans)} processes that a killed run left behind")
             await anyio.to_thread.run_sync(lambda: end_processes(orphans, grace_s=5.0))
@@ -95,7 +106,7 @@ async def _up(options: UpOptions) -> int:
         failure: FleetError | None = None
         try:
             async with anyio.create_task_group() as running:
-                running.start_soon(_stop_on_signal, running.cancel_scope, name="signals")
+                running.start_soon(_stop_on_signal, signals, running.cancel_scope, name="signals")
                 running.start_soon(supervisor.run, listener, name="control plane")
                 await _set_up(options, url)
                 running.start_soon(_tell_first_worker, url, options.data_dir, name="first worker")
@@ -119,11 +130,16 @@ def _first(group: BaseExceptionGroup[FleetError]) -> FleetError:
     return error
 
 
-async def _stop_on_signal(scope: anyio.CancelScope) -> None:
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
-        async for _ in signals:
-            scope.cancel()
-            return
+def _url(host: str, port: int) -> str:
+    """How this machine reaches a control plane that listens there: "everywhere" is no address to connect to."""
+    if host in ("", "0.0.0.0", "::"):  # noqa: S104 - compared, not listened on
+        host = "::1" if host == "::" else "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def _stop_on_signal(signals: AsyncIterator[signal.Signals], scope: anyio.CancelScope) -> None:
+    async for _ in signals:
+        scope.cancel()
 
 
 async def _set_up(options: UpOptions, url: str) -> None:
@@ -170,18 +186,22 @@ async def _until_healthy(client: Serverless) -> None:
 
 
 async def _make_endpoint(client: Serverless, options: UpOptions) -> None:
-    if any(endpoint.name == ENDPOINT for endpoint in await client.get_endpoints()):
-        return
-    answer: dict[str, Any] = await client.post(
-        "/api/v0/endptjobs/",
-        {
-            "endpoint_name": ENDPOINT,
-            "min_load": 1.0,
-            "cold_workers": 1,
-            "max_workers": options.max_workers,
-        },
-    )
-    await client.post("/api/v0/workergroups/", {"endpoint_id": answer["result"], "template_hash": options.template})
+    """The endpoint and its workergroup; whichever of the two an `up` that failed half-way made already stays."""
+    found = next((endpoint.id for endpoint in await client.get_endpoints() if endpoint.name == ENDPOINT), None)
+    if found is None:
+        made: dict[str, Any] = await client.post(
+            "/api/v0/endptjobs/",
+            {
+                "endpoint_name": ENDPOINT,
+                "min_load": 1.0,
+                "cold_workers": 1,
+                "max_workers": options.max_workers,
+            },
+        )
+        found = made["result"]
+    groups: dict[str, Any] = await client.get("/api/v0/workergroups/")
+    if not any(group["endpoint_id"] == found for group in groups["results"]):
+        await client.post("/api/v0/workergroups/", {"endpoint_id": found, "template_hash": options.template})
 
 
 async def _tell_first_worker(url: str, data_dir: Path) -> None:
@@ -192,7 +212,12 @@ async def _tell_first_worker(url: str, data_dir: Path) -> None:
     async with Serverless(api_key, url=url) as client:
         endpoint = await client.get_endpoint(ENDPOINT)
         while True:
-            workers = await endpoint.get_workers()
+            try:
+                workers = await endpoint.get_workers()
+            except NotFound:
+                return  # somebody deleted the endpoint: there is no first worker to wait for
+            except Unavailable:
+                continue  # the supervisor is bringing the control plane back
             now = ", ".join(f"worker {w.id}: {w.status}{f' ({w.reason})' if w.reason else ''}" for w in workers)
             if now != last:
                 click.echo(f"  [{anyio.current_time() - began:5.1f} s] {now or 'no worker yet'}")

@@ -10,6 +10,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
@@ -24,10 +25,10 @@ class AlreadyRunning(FleetError):
 
 
 @contextlib.contextmanager
-def held_lock(data_dir: Path, url: str) -> Iterator[None]:
+def held_lock(data_dir: Path) -> Iterator[TextIO]:
     """Hold the data directory for this process; raises AlreadyRunning, saying where the other one is.
 
-    The lock is the kernel's (flock), so a killed holder leaves none behind.
+    The lock is the kernel's (flock), so a killed holder leaves none behind. `say_where` writes into what it yields.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
     with (data_dir / "up.lock").open("a+", encoding="utf-8") as lock:
@@ -35,13 +36,16 @@ def held_lock(data_dir: Path, url: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.seek(0)
-            where = lock.read().strip() or "an unknown address"
+            where = lock.read().strip() or "an address that it has not told yet"
             raise AlreadyRunning(f"comfyfleet is already running on {data_dir}: {where}") from error
-        lock.seek(0)
-        lock.truncate()
-        lock.write(f"{url} (pid {os.getpid()})\n")
-        lock.flush()
-        yield
+        lock.truncate(0)
+        yield lock
+
+
+def say_where(lock: TextIO, url: str) -> None:
+    """What a second `up` on the same data directory is told."""
+    lock.write(f"{url} (pid {os.getpid()})\n")
+    lock.flush()
 
 
 def owned_processes(data_dir: Path) -> list[psutil.Process]:

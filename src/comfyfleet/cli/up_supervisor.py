@@ -23,6 +23,7 @@ import structlog
 from comfyfleet.cli.lifeline import LIFELINE_VARIABLE
 from comfyfleet.cli.up_installation import end_processes
 from comfyfleet.ids import SystemIds
+from comfyfleet.listening import bind
 from comfyfleet.retry import Backoff
 from comfyfleet.wire.errors import FleetError
 
@@ -40,21 +41,9 @@ class ControlPlaneFailed(FleetError):
     code, status = "control_plane_failed", 500
 
 
-class PortTaken(FleetError):
-    """Something else listens on that port."""
-
-    code, status = "port_taken", 409
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket to hand to each control plane in turn. Raises PortTaken."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise PortTaken(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from error
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket to hand to each control plane in turn. Raises CannotListen."""
+    listener = bind(host, port)
     listener.listen(1024)
     listener.set_inheritable(True)
     return listener

@@ -8,6 +8,7 @@ import anyio
 import click
 
 from comfyfleet import logs
+from comfyfleet.cli.values import PORT
 from comfyfleet.clock import SystemClock
 from comfyfleet.ids import SystemIds
 from comfyfleet.settings.worker import from_environment
@@ -19,8 +20,8 @@ from comfyfleet.worker import app
 @click.option(
     "--host", help="Where the wrapper listens (default 127.0.0.1; anywhere else needs COMFYFLEET_WORKER_KEY)."
 )
-@click.option("--port", type=int, help="The wrapper's port (default 18288).")
-@click.option("--engine-port", type=int, help="Port of the first engine that is started (default 18188).")
+@click.option("--port", type=PORT, help="The wrapper's port (default 18288).")
+@click.option("--engine-port", type=PORT, help="Port of the first engine that is started (default 18188).")
 @click.option("--data-dir", help="Models, outputs and the journal (default ~/.local/share/comfyfleet).")
 @click.option("--backends", help="Base URLs of engines that run already, comma-separated.")
 def command(

@@ -108,7 +108,7 @@ class Admission:
         given = {name: value for name, value in request.input.items() if value not in (None, "")}
         s3, webhook = _taken_out(given, request.webhook)
         if webhook.url:
-            self._fetcher.check_url(webhook.url)
+            self._fetcher.check_url(webhook.url, field="webhook.url")
         shape, models = _checked_work(given)
         key = request.idempotency_key or str(given.get("request_id", ""))
         secrets = JobSecrets(s3=s3, webhook=webhook)
@@ -150,7 +150,7 @@ class Admission:
 
 def _check(request: JobRequest) -> None:
     if not 0 < request.cost <= 1e9:
-        raise InvalidArguments("cost must be over 0", field="cost")
+        raise InvalidArguments("cost must be over 0 and at most 1e9", field="cost")
     if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
         raise InvalidArguments(f"priority must be from -{MAX_PRIORITY} to {MAX_PRIORITY}", field="priority")
     if request.deadline_s is not None and not 0 < request.deadline_s <= MAX_DEADLINE_S:

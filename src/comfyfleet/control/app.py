@@ -46,7 +46,7 @@ from comfyfleet.control.records import AccountVariable, ApiKey, Endpoint, Templa
 from comfyfleet.control.sharing import Sharing, agree_on_secrets, is_shared, open_sharing
 from comfyfleet.control.store.store import SqlStore, open_postgres, open_sqlite
 from comfyfleet.ids import Ids, SystemIds
-from comfyfleet.listening import QuietServer, bind
+from comfyfleet.listening import CannotListen, QuietServer, bind
 from comfyfleet.sealing import load_or_create_key
 from comfyfleet.settings.control import ControlSettings
 from comfyfleet.signing import UrlSigner
@@ -282,7 +282,10 @@ async def door(control: Control) -> AsyncIterator[App]:
 def listen(settings: ControlSettings) -> socket.socket:
     """The inherited socket if there is one (its owner keeps it open across our restarts), else a new one."""
     if settings.fd is not None:
-        return socket.socket(fileno=settings.fd)
+        try:
+            return socket.socket(fileno=settings.fd)
+        except OSError as problem:
+            raise CannotListen(f"--fd {settings.fd} is no open socket: {problem.strerror}") from problem
     listener = bind(settings.host, settings.port)
     listener.listen(2048)
     return listener

@@ -118,16 +118,22 @@ class GuardedFetcher:
             await self._session.close()
             self._session = None
 
-    def check_url(self, url: str) -> yarl.URL:
-        """Parse a URL that we may go to. Raises InputRefused for another scheme, no host or a refused address."""
+    def check_url(self, url: str, *, field: str | None = None) -> yarl.URL:
+        """Parse a URL that we may go to; `field` is where the caller gave it.
+
+        Raises InputRefused for another scheme, no host or a refused address.
+        """
         try:
             parsed = yarl.URL(url)
             port = parsed.port
         except ValueError as problem:
-            raise InputRefused("not a URL", reason="url") from problem
+            raise InputRefused("not a URL", reason="url", field=field) from problem
         if parsed.scheme not in ("http", "https") or not parsed.host or port is None:
-            raise InputRefused("only http and https URLs with a host are fetched", reason="url")
-        check_host(self.rules, parsed.host)
+            raise InputRefused("only http and https URLs with a host are fetched", reason="url", field=field)
+        try:
+            check_host(self.rules, parsed.host)
+        except InputRefused as refused:
+            raise InputRefused(refused.message, **refused.details, field=field) from None
         return parsed
 
     async def download(

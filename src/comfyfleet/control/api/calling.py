@@ -18,7 +18,7 @@ from starlette.responses import Response
 from comfyfleet.control.auth import Principal
 from comfyfleet.control.keys import Keyring
 from comfyfleet.control.store.connection import ConnectionLost
-from comfyfleet.web import JsonResponse, bearer_key, control_error
+from comfyfleet.web import NOT_JSON, JsonResponse, bearer_key, control_error
 from comfyfleet.wire.errors import BadRequest, FleetError, InvalidArguments, PayloadTooLarge, Unavailable
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -47,7 +47,7 @@ def parse(raw: bytes, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
         raise InvalidArguments(str(error), field=path.strip("`.") or None, reason=message) from error
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except NOT_JSON as error:
         raise BadRequest("the body is not valid JSON") from error
 
 
@@ -61,7 +61,7 @@ def key_of(request: Request, raw: bytes) -> str:
         return key
     try:
         return msgspec.json.decode(raw, type=_WithKey).api_key if raw else ""
-    except msgspec.DecodeError:
+    except NOT_JSON:
         return ""
 
 

@@ -19,7 +19,7 @@ from comfyfleet.control.lifecycle import Lifecycle
 from comfyfleet.control.scaling import Action, Verb
 from comfyfleet.control.worker import Worker
 from comfyfleet.control.workers import Workers
-from comfyfleet.web import JsonResponse, bearer_key, control_error
+from comfyfleet.web import NOT_JSON, JsonResponse, bearer_key, control_error
 from comfyfleet.wire.errors import BadRequest, FleetError, NotFound
 
 MAX_TAIL = 10_000
@@ -63,7 +63,7 @@ class ForeignWorkerApi:
             principal = self._keys.principal(bearer_key(request))
             try:
                 body = msgspec.json.decode(await request.body(), type=RegisterBody)
-            except msgspec.DecodeError as error:
+            except NOT_JSON as error:
                 raise BadRequest(str(error)) from error
             endpoint = self._catalog.endpoint_named(body.endpoint, principal.user_id)
             if endpoint is None:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from comfyfleet.control.reports import Reports
-from comfyfleet.web import control_error
+from comfyfleet.web import NOT_JSON, control_error
 from comfyfleet.wire.errors import BadRequest, FleetError
 from comfyfleet.wire.workers import FinishedRequests, WorkerStatusReport
 
@@ -60,5 +60,5 @@ def _decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
         raise BadRequest(str(error)) from error
-    except msgspec.DecodeError as error:
+    except NOT_JSON as error:
         raise BadRequest("the body is not JSON") from error

@@ -25,7 +25,7 @@ from comfyfleet.control.learned_cost import LearnedCost
 from comfyfleet.control.placements import Placed, TakeRequest
 from comfyfleet.control.tickets import Tickets
 from comfyfleet.ids import Ids
-from comfyfleet.web import bearer_key, control_error
+from comfyfleet.web import NOT_JSON, bearer_key, control_error
 from comfyfleet.wire.errors import BadRequest, FleetError, Forbidden, NotFound
 from comfyfleet.wire.routing import RouteRequest, RouteWaiting
 
@@ -161,7 +161,7 @@ def parse_route_request(body: bytes) -> RouteRequest:
         wanted = _decoder.decode(body)
     except msgspec.ValidationError as error:
         raise BadRequest(str(error)) from error
-    except msgspec.DecodeError as error:
+    except NOT_JSON as error:
         raise BadRequest("the body is not JSON") from error
     if not wanted.endpoint:
         raise BadRequest("`endpoint` is empty", field="endpoint")

@@ -67,7 +67,7 @@ async def _hear(socket: WebSocket, outbox: Outbox) -> None:
             return
         try:
             given = msgspec.json.decode(received.get("text") or received.get("bytes") or b"")
-        except (msgspec.DecodeError, RecursionError):
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             continue
         if is_first and isinstance(given, dict) and given.get("type") == "feature_flags":
             features = given.get("data")

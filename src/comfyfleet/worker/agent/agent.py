@@ -21,10 +21,11 @@ import structlog
 from comfyfleet.clock import Clock
 from comfyfleet.fetching.fetcher import GuardedFetcher
 from comfyfleet.ids import Ids
-from comfyfleet.listening import bind, serve
+from comfyfleet.listening import CannotListen, bind, serve
 from comfyfleet.provision.template import find_template
 from comfyfleet.settings.agent import AgentSettings
 from comfyfleet.version import __version__
+from comfyfleet.web import NOT_JSON
 from comfyfleet.wire.errors import FleetError
 from comfyfleet.wire.generation import GenerateInput
 from comfyfleet.wire.shapes import shape_of
@@ -134,8 +135,8 @@ class Agent:
         """A worker without it serves all the same: only a local webhook could miss it."""
         try:
             listener = bind("127.0.0.1", self._settings.side_port)
-        except OSError as error:
-            log.warning("side_port.taken", port=self._settings.side_port, why=error.strerror)
+        except CannotListen as error:
+            log.warning("side_port.taken", why=error.message)
             return
         await serve(self._server.side, listener)
 
@@ -215,7 +216,10 @@ class Agent:
         if path is not None:
             if not path.is_file():
                 raise BenchmarkFailed(cause=f"BENCHMARK_JSON_PATH names no file: {path.name}")
-            return parse_graph(msgspec.json.decode(path.read_bytes()), field=path.name)
+            try:
+                return parse_graph(msgspec.json.decode(path.read_bytes()), field=path.name)
+            except NOT_JSON as problem:
+                raise BenchmarkFailed(cause=f"{path.name} is not JSON: {problem}") from problem
         graph = find_template(self._settings.template).benchmark_graph()
         if graph is None:
             raise BenchmarkFailed(

@@ -27,8 +27,9 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from comfyfleet.clock import Clock
-from comfyfleet.web import JsonResponse, sse_frame, worker_error
+from comfyfleet.web import NOT_JSON, JsonResponse, sse_frame, worker_error
 from comfyfleet.wire.errors import FleetError, NotFound, Unauthorized, Unavailable, Unprocessable
+from comfyfleet.wire.generation import GenerateInput
 from comfyfleet.wire.jobs import RunStatus
 from comfyfleet.wire.tickets import TicketClaims
 from comfyfleet.worker.agent.load_book import LoadBook, RunFacts
@@ -37,7 +38,7 @@ from comfyfleet.worker.agent.sessions import Session
 from comfyfleet.worker.agent.startup import Startup
 from comfyfleet.worker.agent.tickets import TicketChecker
 from comfyfleet.worker.api.bodies import parse_payload
-from comfyfleet.worker.api.generate import ClientGone, GenerateRoutes, live_view, read_body
+from comfyfleet.worker.api.generate import ClientGone, GenerateRoutes, live_view, plain_id, read_body
 from comfyfleet.worker.job import Job
 from comfyfleet.worker.service import JobService
 
@@ -139,8 +140,12 @@ class TicketedServer:
         self, path: str, call: Mapping[str, Any], headers: Headers, scope: Scope, receive: Receive, send: Send
     ) -> None:
         auth_data = _object(call, "auth_data")
-        payload = _object(call, "payload")
         checker = self._checker()
+        try:
+            payload = _object(call, "payload")
+        except Unprocessable:
+            checker.verify(auth_data)  # whoever holds no good ticket is told just that
+            raise
         session_id = call.get("session_id")
         session: Session | None = None
         if session_id is not None:
@@ -148,9 +153,11 @@ class TicketedServer:
             claims = session.claims
         else:
             claims = checker.consume(auth_data)
+        request = GenerateInput()
         try:
+            request = parse_payload(payload)
             job = await self._service.submit(
-                parse_payload(payload),
+                request,
                 scope=claims.sub,
                 key="" if session else job_key(claims),
                 abandonable=path != "/generate",
@@ -159,7 +166,8 @@ class TicketedServer:
             if session is None:
                 self._book.reject(request_idx=claims.request_idx, cost=claims.cost, now=self._clock.now())
                 self._on_change()
-            raise refusal
+            await worker_error(refusal, request_id=plain_id(request))(scope, receive, send)
+            return
         if session is None:
             self._follow(job, claims)
         if path == "/generate/sync":
@@ -257,7 +265,7 @@ def job_key(claims: TicketClaims) -> str:
 def _call(body: bytes) -> Mapping[str, Any]:
     try:
         call = _decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         raise Unprocessable(f"the body is not valid JSON: {error}", field="body") from error
     if not isinstance(call, Mapping):
         raise Unprocessable("the body must be an object", field="body")

@@ -97,7 +97,7 @@ class SessionRoutes:
         if on_close_route:
             if not on_close_route.startswith(("http://", "https://")):
                 raise BadRequest("on_close_route must be a whole http(s) address", field="payload.on_close_route")
-            self._fetcher.check_url(on_close_route)
+            self._fetcher.check_url(on_close_route, field="payload.on_close_route")
         lifetime = payload.get("lifetime", DEFAULT_LIFETIME_S)
         if isinstance(lifetime, bool) or not isinstance(lifetime, (int, float)):
             raise BadRequest("lifetime must be a number of seconds", field="payload.lifetime")

@@ -136,15 +136,19 @@ def _error_handlers(app: FastAPI) -> None:
         return worker_error(error if isinstance(error, FleetError) else FleetError("internal error"))
 
     async def http_error(_request: Request, error: Exception) -> Response:
-        status = error.status_code if isinstance(error, HTTPException) else 500
-        body: dict[str, Any] = {"status": "failed", "message": str(getattr(error, "detail", error))}
-        headers = getattr(error, "headers", None)
-        if status == 404:
+        if not isinstance(error, HTTPException):
+            return worker_error(FleetError("internal error"))
+        if error.status_code == 404:
             return worker_error(NotFound("there is no such route"))
-        return JsonResponse(body, status_code=status, headers=headers)
+        answer = worker_error(BadRequest(str(error.detail)))  # 405 and its kin: the request's own fault
+        answer.status_code = error.status_code
+        answer.headers.update(error.headers or {})
+        return answer
 
     async def shape_error(_request: Request, error: Exception) -> Response:
-        return worker_error(BadRequest(str(error)))
+        first: Any = error.errors()[0] if isinstance(error, RequestValidationError) else {}
+        field = ".".join(str(part) for part in first.get("loc", ()))
+        return worker_error(BadRequest(f"{field}: {first.get('msg', '')}", field=field))
 
     app.add_exception_handler(FleetError, fleet_error)
     app.add_exception_handler(HTTPException, http_error)

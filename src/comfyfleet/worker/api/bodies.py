@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from comfyfleet.web import NOT_JSON
 from comfyfleet.wire.errors import BadRequest
 from comfyfleet.wire.generation import GenerateInput
 
@@ -32,7 +33,7 @@ def parse_body(body: bytes) -> GenerateInput:
         return _strict.decode(body).input
     except msgspec.ValidationError:
         return parse_payload(_decoded(body))  # perhaps only a "" where a number goes
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as problem:
+    except NOT_JSON as problem:
         raise BadRequest(f"the body is not valid JSON: {problem}") from problem
 
 
@@ -54,7 +55,7 @@ def parse_payload(payload: object) -> GenerateInput:
 def _decoded(body: bytes) -> Any:
     try:
         return _loose.decode(body)
-    except (msgspec.DecodeError, RecursionError) as problem:
+    except NOT_JSON as problem:
         raise BadRequest(f"the body is not valid JSON: {problem}") from problem
 
 

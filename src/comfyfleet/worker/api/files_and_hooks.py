@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from comfyfleet.web import JsonResponse
+from comfyfleet.web import NOT_JSON, JsonResponse
 from comfyfleet.webhooks.outbox import EventState, OutgoingEvent
 from comfyfleet.wire.errors import BadRequest
 from comfyfleet.wire.generation import WebhookTarget
@@ -97,7 +97,7 @@ async def _target(request: Request) -> WebhookTarget:
             raise BadRequest("the body is too long")
     try:
         return msgspec.json.decode(body, type=WebhookTarget) if body.strip() else WebhookTarget()
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as problem:
+    except NOT_JSON as problem:
         raise BadRequest(f"not a webhook: {problem}") from problem
 
 

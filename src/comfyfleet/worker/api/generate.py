@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from comfyfleet.clock import Clock
 from comfyfleet.web import JsonResponse, sse_frame, worker_error
 from comfyfleet.wire.errors import FleetError, PayloadTooLarge
-from comfyfleet.wire.generation import GenerateInput
+from comfyfleet.wire.generation import REQUEST_ID, GenerateInput
 from comfyfleet.worker.api.bodies import parse_body
 from comfyfleet.worker.job import Finished, Job, RunEvent
 from comfyfleet.worker.service import JobService
@@ -49,6 +49,7 @@ class GenerateRoutes:
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = GenerateInput()
         try:
             headers = Headers(scope=scope)
             request = parse_body(await read_body(receive, headers, self._max_body_bytes))
@@ -56,7 +57,7 @@ class GenerateRoutes:
                 request = msgspec.structs.replace(request, return_outputs_as_base64=True)
             await self.paths[scope["path"]](request, headers, scope, receive, send)
         except FleetError as error:
-            await worker_error(error)(scope, receive, send)
+            await worker_error(error, request_id=plain_id(request))(scope, receive, send)
         except ClientGone:
             return
         except Exception:  # the request boundary
@@ -155,6 +156,11 @@ class GenerateRoutes:
         """With ComfyUI's own words or without."""
         asked = headers.get("x-include-comfyui-response")
         return self._include_response if asked is None else asked.lower() not in _FALSE
+
+
+def plain_id(request: GenerateInput) -> str:
+    """The id that a refusal is answered under: the caller's own, unless that is what is refused."""
+    return request.request_id if REQUEST_ID.fullmatch(request.request_id) else ""
 
 
 class ClientGone(Exception):

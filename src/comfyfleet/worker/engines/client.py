@@ -19,9 +19,9 @@ import structlog
 from comfyfleet.clock import Clock
 from comfyfleet.ids import Ids
 from comfyfleet.wire.errors import WorkflowRefused
-from comfyfleet.wire.workflow import Graph
+from comfyfleet.wire.workflow import Graph, links
 from comfyfleet.worker.engines.line import Line, LineBroken
-from comfyfleet.worker.engines.refusals import refusal, with_nearest
+from comfyfleet.worker.engines.refusals import BROKEN_LINK_TYPES, refusal, with_broken_link, with_nearest
 
 log = structlog.get_logger()
 
@@ -272,17 +272,22 @@ class EngineClient:
             raise EngineGone(f"POST /upload/image: {error}") from error
 
     async def _refusal(self, answer: dict[str, Any], graph: Graph) -> WorkflowRefused:
-        """The refusal, with the nearest existing name where a name is not in the engine's list."""
+        """The refusal, and what only a look at the nodes can add: the nearest name, the link that leads nowhere."""
         error = refusal(answer, graph)
-        if error.details.get("type") != "value_not_in_list" or "nearest" in error.details:
-            return error
-        class_type, name = str(error.details.get("class_type")), str(error.details.get("input"))
+        kind, node_id = error.details.get("type"), str(error.details.get("node_id"))
         try:
-            inputs = (await self.object_info(class_type)).get(class_type, {}).get("input", {})
+            if kind == "value_not_in_list" and "nearest" not in error.details:
+                class_type, name = str(error.details.get("class_type")), str(error.details.get("input"))
+                inputs = (await self.object_info(class_type)).get(class_type, {}).get("input", {})
+                return with_nearest(error, {**inputs.get("optional", {}), **inputs.get("required", {})}.get(name))
+            if kind in BROKEN_LINK_TYPES and node_id in graph:
+                sources = {graph[source]["class_type"] for _, source, _ in links(graph[node_id]) if source in graph}
+                infos = {name: (await self.object_info(name)).get(name, {}) for name in sorted(sources)}
+                outputs = {name: len(info["output"]) for name, info in infos.items() if "output" in info}
+                return with_broken_link(error, graph, outputs)
         except (EngineGone, msgspec.MsgspecError):
             return error
-        spec = {**inputs.get("optional", {}), **inputs.get("required", {})}.get(name)
-        return with_nearest(error, spec)
+        return error
 
     async def _call(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
         data = None if body is None else _encode(body)

@@ -10,6 +10,8 @@ from comfyfleet.wire.errors import WorkflowRefused
 from comfyfleet.wire.workflow import Graph
 from comfyfleet.worker.engines.faults import without_paths
 
+BROKEN_LINK_TYPES = frozenset({"exception_during_validation", "exception_during_inner_validation"})
+
 
 def refusal(answer: Mapping[str, Any], graph: Graph) -> WorkflowRefused:
     """The error for a 400, or for a 200 with node errors; the first bad node is the one that is named."""
@@ -27,11 +29,15 @@ def refusal(answer: Mapping[str, Any], graph: Graph) -> WorkflowRefused:
     details = without_paths(str(error.get("details", "")))
     bad_node = details.partition("'#")[2].rstrip("'") or None
     message = without_paths(str(error.get("message", "the engine refused the workflow")))
+    # The embedded engine names the nearest class; ComfyUI names none.
+    nearest = (error.get("extra_info") or {}).get("nearest")
     return WorkflowRefused(
-        f"{message} {details}".strip(),
+        f"{message} {details}".strip() + (f"; the nearest there is: {nearest!r}" if nearest else ""),
         node_id=bad_node,
         class_type=graph[bad_node]["class_type"] if bad_node in graph else None,
+        input="class_type" if bad_node in graph else None,
         type=error.get("type"),
+        nearest=nearest,
         node_errors=node_errors or None,
     )
 
@@ -47,6 +53,33 @@ def with_nearest(error: WorkflowRefused, spec: Any) -> WorkflowRefused:
     elif not options:
         error.message += "; there is none at all"
     return error
+
+
+def with_broken_link(error: WorkflowRefused, graph: Graph, outputs: Mapping[str, int]) -> WorkflowRefused:
+    """`error`, naming the input whose link leads nowhere.
+
+    ComfyUI stumbles over such a link and tells only what Python said (`'99'`, `tuple index out of range`), or names
+    the input of the node behind. outputs: how many outputs a class has, for the classes that are known.
+    """
+    node_id = str(error.details.get("node_id"))
+    for name, value in graph.get(node_id, {}).get("inputs", {}).items():
+        if isinstance(value, list) and len(value) == 2 and (reason := _why_broken(value, graph, outputs)):
+            error.details["input"] = name
+            error.message = f"node {node_id} ({graph[node_id]['class_type']}), input {name}: {reason}"
+            break
+    return error
+
+
+def _why_broken(link: list[Any], graph: Graph, outputs: Mapping[str, int]) -> str:
+    source, index = link
+    if not isinstance(source, str) or source not in graph:
+        return f"it is linked to node {source!r}, which is not in the workflow"
+    class_type = graph[source]["class_type"]
+    count = outputs.get(class_type)
+    if type(index) is not int or (count is not None and not -count <= index < count):
+        known = "" if count is None else f" (it has {count})"
+        return f"it is linked to output {index!r} of node {source} ({class_type}), which is not there{known}"
+    return ""
 
 
 def _at_node(node_id: str, class_type: str, one: dict[str, Any], node_errors: dict[str, Any]) -> WorkflowRefused:

@@ -68,7 +68,7 @@ class Destinations:
         """Refuse settings that can never work, before the job is accepted. Raises Unprocessable or InputRefused."""
         chosen = effective_s3(self._operator, request)
         if chosen is not None and request.endpoint_url:
-            self._fetcher.check_url(chosen.endpoint_url)
+            self._fetcher.check_url(chosen.endpoint_url, field="input.s3.endpoint_url")
 
     def open(self, request: S3Target) -> Storage | None:
         """The S3 store, or None when there is none. Raises StorageFailed."""

@@ -45,7 +45,7 @@ class Notify:
     def check(self, target: WebhookTarget) -> None:
         """Refuse a webhook that can never be told, before the job is accepted. Raises InputRefused or BadRequest."""
         if target.url:
-            self._fetcher.check_url(target.url)
+            self._fetcher.check_url(target.url, field="input.webhook.url")
         unknown = sorted(set(target.events) - EVENTS)
         if unknown:
             raise BadRequest(f"webhook.events knows no {unknown[0]!r}", field="input.webhook.events")
