@@ -99,7 +99,9 @@ class ReplicaWorld:
 
     def start(self) -> ReplicaWorld:
         for plane in self.planes:
-            plane.start()
+            plane.start(wait=False)
+        for plane in self.planes:
+            plane.until_healthy(120)
         for name in self.endpoints:
             body = {"endpoint_name": name, "cold_workers": 0, "max_queue_time": 60}
             assert self.planes[0].call("POST", "/api/v0/endptjobs/", body)[0] == 200
@@ -110,14 +112,14 @@ class ReplicaWorld:
             folder = self._folder / f"worker{made['id']}"
             self.workers.append(HandWorker(folder, self.planes, made, self.ledger))
         for plane in self.planes:
-            self.until(lambda plane=plane: all(self.ready(plane, name) for name in self.endpoints), plane)
+            self.until(lambda plane=plane: all(self.ready(plane, name) for name in self.endpoints))
         return self
 
     def ready(self, plane: ControlPlane, endpoint: str) -> bool:
         rows = plane.call("POST", "/get_endpoint_workers/", {"endpoint": endpoint})[1]
         return isinstance(rows, list) and any(row["status"] == "idle" for row in rows)
 
-    def until(self, is_so, plane: ControlPlane | None = None, limit_s: float = 60.0) -> None:
+    def until(self, is_so, limit_s: float = 90.0) -> None:
         until = time.monotonic() + limit_s
         while not is_so():
             assert time.monotonic() < until, self.logs()
@@ -130,8 +132,21 @@ class ReplicaWorld:
         """How many endpoints that replica says it owns; 0 for one that does not answer."""
         try:
             return plane.call("GET", "/health", key="")[1]["replica"]["endpoints"]
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return 0
+
+    def start_again(self, plane: ControlPlane) -> None:
+        plane.start(wait=False)
+        plane.until_healthy(120)
+
+    def other(self, plane: ControlPlane) -> ControlPlane:
+        return next(one for one in self.planes if one is not plane)
+
+    def until_owned_by(self, *planes: ControlPlane) -> float:
+        """Wait until these own every endpoint between them; how long that took, in seconds."""
+        began = time.monotonic()
+        self.until(lambda: sum(self.owned(plane) for plane in planes) == len(self.endpoints))
+        return time.monotonic() - began
 
     def close(self) -> None:
         for worker in self.workers:
@@ -197,7 +212,7 @@ class Load:
         return planes[turn % len(planes)]
 
     def _call(self, caller: int) -> None:
-        number = caller * 100_000
+        number = (caller + 1) * 100_000
         while not self._stop.is_set():
             number += 1
             endpoint = self.world.endpoints[number % len(self.world.endpoints)]
@@ -223,6 +238,9 @@ class Load:
                 status, answer = plane.call("POST", path, body)
             except (urllib.error.URLError, http.client.HTTPException, OSError):
                 turn += 1
+                continue
+            if status == 503 and answer["msg"] == "the database does not answer":
+                time.sleep(0.2)  # as Retry-After says, in small
                 continue
             if status not in (200, 202):
                 self.errors.append(f"{path} {status} {answer}")

@@ -27,6 +27,7 @@ from comfyfleet.settings.control import DEFAULT_PORT, control_settings
 @click.option("--max-workers", type=click.IntRange(min=0), help="At most so many workers on this machine.")
 @click.option("--public-url", help="How workers and callers reach this control plane.")
 @click.option("--advertise-url", help="How the other control planes of a shared database reach this one.")
+@click.option("--report-url", help="Where workers report, if elsewhere; several separated by commas.")
 @click.option("--tls-cert", type=click.Path(path_type=Path, exists=True), help="PEM certificate chain.")
 @click.option("--tls-key", type=click.Path(path_type=Path, exists=True), help="PEM private key.")
 def command(**given: object) -> None:

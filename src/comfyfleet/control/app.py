@@ -193,7 +193,7 @@ def _provider(settings: ControlSettings, clock: Clock, ids: Ids, files_key: byte
     return LocalFleet(
         LocalSettings(
             data_dir=settings.data_dir,
-            report_url=settings.base_url,
+            report_url=settings.report_url or settings.base_url,
             slots=max(1, settings.max_workers),
             base_environment=settings.inherited,
             own_environment={
@@ -228,7 +228,7 @@ def build(control: Control) -> ASGIApp:
     api.include_router(workergroups.router(management, keyring, workers, caller))
     api.include_router(templates.router(management, caller))
     api.include_router(account.router(control.account, keyring, control.store, caller, control.clock, control.ids))
-    api.include_router(certificates.router(control.authority, keyring, workers))
+    api.include_router(certificates.router(control.authority, keyring, workers, control.store))
     api.include_router(
         insight.router(
             management=management,

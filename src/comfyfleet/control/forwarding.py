@@ -17,16 +17,17 @@ from typing import Any
 
 import aiohttp
 import anyio
+import msgspec
 import structlog
 from yarl import URL
 
 from comfyfleet.clock import Clock
-from comfyfleet.control.ownership import LEASE_S, Replica
+from comfyfleet.control.ownership import Replica
 from comfyfleet.control.record_mirror import RecordMirror
 from comfyfleet.control.replicas import Replicas
 from comfyfleet.control.store.connection import ConnectionLost
 from comfyfleet.control.whose import Asked, Whose
-from comfyfleet.web import control_error
+from comfyfleet.web import JsonResponse, control_error
 from comfyfleet.wire.errors import Misdirected, Unavailable
 
 log = structlog.get_logger()
@@ -37,12 +38,14 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 HOP = "x-comfyfleet-hop"
-# A new owner is there after a lease, a look at the roll, and loading; the public client gives up on `/route/` at 10 s.
-WAIT_FOR_OWNER_S = LEASE_S + 3.0
+_HOP = HOP.encode()
+# Every replica knows some of the workers.
+EVERYWHERE = ("GET", "/v1/workers")
 _LOOK_AGAIN_S = 0.1
 MAX_BODY_BYTES = 33 * 1024 * 1024  # more than any route takes, which then says so itself
 # An answer of a known size up to this is taken whole before it is passed on, so that it can be had again elsewhere.
 _WHOLE_BYTES = 4 * 1024 * 1024
+_LISTING_TIMEOUT = aiohttp.ClientTimeout(total=2.0, sock_connect=1.0)
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=1.0)
 _OWN_HEADERS = frozenset({b"content-length", b"transfer-encoding", b"connection", b"keep-alive", b"upgrade", b"expect"})
 _LOOK_FIRST = frozenset({400, 401, 404})
@@ -63,6 +66,7 @@ class _Request:
     endpoint_id: int
     is_repeatable: bool
     is_local_without_owner: bool
+    wait_s: float
 
 
 def forwarding_session(trusted: ssl.SSLContext | None) -> aiohttp.ClientSession:
@@ -100,6 +104,9 @@ class Forwarding:
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        is_second_hop = any(name == _HOP for name, _ in scope["headers"])
+        if (scope["method"], scope["path"]) == EVERYWHERE and not is_second_hop:
+            return await self._answer_everywhere(scope, send)
         rule = self._whose.rule(scope["method"], scope["path"])
         if rule is None:
             if self._whose.is_of_records(scope["path"]):
@@ -127,6 +134,7 @@ class Forwarding:
                 endpoint_id=endpoint_id,
                 is_repeatable=rule.is_repeatable and extra is not None,
                 is_local_without_owner=rule.is_local_without_owner,
+                wait_s=rule.wait_s,
             ),
             send,
         )
@@ -155,10 +163,44 @@ class Forwarding:
                 await send(message)
         return None
 
+    async def _answer_everywhere(self, scope: MutableMapping[str, Any], send: Send) -> None:
+        """Our workers, and those of every other replica that answers, as one list."""
+        await self._refreshed()
+        own: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            own.append(message)
+
+        await self._app(scope, _replayed(b""), keep)
+        others = self._replicas.others()
+        if own[0]["status"] != 200 or not others:
+            for message in own:
+                await send(message)
+            return
+        rows = _worker_rows(b"".join(message.get("body", b"") for message in own[1:]))
+
+        async def ask(owner: Replica) -> None:
+            request = _Request(
+                scope=scope, body=b"", endpoint_id=0, is_repeatable=True, is_local_without_owner=True, wait_s=0.0
+            )
+            try:
+                async with self._session.get(
+                    _url(owner, scope), headers=self._headers(request), timeout=_LISTING_TIMEOUT
+                ) as answer:
+                    rows.extend(_worker_rows(await answer.read()) if answer.status == 200 else [])
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                log.info("forward.unreachable", owner=owner.url, why=str(error) or type(error).__name__)
+
+        async with anyio.create_task_group() as asking:
+            for other in others:
+                asking.start_soon(ask, other)
+        response = JsonResponse({"workers": sorted(rows, key=lambda row: int(row["id"]))})
+        await response(scope, _replayed(b""), send)
+
     async def _answer_elsewhere(self, request: _Request, send: Send) -> None:
         scope = request.scope
-        is_second_hop = any(name == HOP.encode() for name, _ in scope["headers"])
-        until = self._clock.monotonic() + WAIT_FOR_OWNER_S
+        is_second_hop = any(name == _HOP for name, _ in scope["headers"])
+        until = self._clock.monotonic() + request.wait_s
         while True:
             if self._replicas.owns(request.endpoint_id):
                 return await self._answer_here(scope, request.body, send)
@@ -225,6 +267,10 @@ class Forwarding:
         ]
         headers.append((HOP, self._replicas.id))
         return headers
+
+
+def _worker_rows(body: bytes) -> list[dict[str, Any]]:
+    return msgspec.json.decode(body, type=dict[str, list[dict[str, Any]]])["workers"]
 
 
 def _url(owner: Replica, scope: MutableMapping[str, Any]) -> URL:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from comfyfleet.control.catalog import Catalog
+from comfyfleet.control.ownership import LEASE_S
 from comfyfleet.control.records import WorkerRow
 from comfyfleet.control.store.base import Store
 from comfyfleet.control.workers import Workers
@@ -47,12 +48,15 @@ def _none(_body: bytes, _names: set[bytes]) -> Headers:
 class Rule:
     """is_repeatable: the same again does no harm. is_local_without_owner: any replica can answer at a pinch.
 
+    wait_s: how long a request waits for an endpoint to have an owner; a new one is there after a lease, a look at the
+    roll, and loading, and the public client gives up on `/route/` at 10 s.
     extra_headers: what makes it repeatable, from the body and the names that are there; None: nothing can.
     """
 
     find: Find
     is_repeatable: bool = True
     is_local_without_owner: bool = False
+    wait_s: float = LEASE_S + 3.0
     extra_headers: ExtraHeaders = _none
 
 
@@ -97,11 +101,12 @@ class Whose:
         self._ids = ids
         self._endpoint_of: dict[int, int] = {}  # of each worker ever heard of; it never changes
         route = Rule(find=self._by_endpoint, is_local_without_owner=True)
+        report = Rule(find=self._by_worker, wait_s=2.0)  # a worker repeats it within seconds
         submit = Rule(find=self._by_job_body, is_local_without_owner=True, extra_headers=self._once)
         self._exact: dict[tuple[str, str], Rule] = {
             ("POST", "/route/"): route,
-            ("POST", "/worker_status/"): Rule(find=self._by_worker),
-            ("POST", "/delete_requests/"): Rule(find=self._by_worker),
+            ("POST", "/worker_status/"): report,
+            ("POST", "/delete_requests/"): report,
             ("POST", "/v1/jobs"): submit,
             ("POST", "/v1/jobs/batch"): Rule(
                 find=self._by_batch, is_local_without_owner=True, extra_headers=self._once_a_batch

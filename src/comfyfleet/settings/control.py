@@ -18,9 +18,9 @@ class ControlSettings:
     """public_url: how workers and callers reach it, no trailing slash; prices are per hour, in the operator's money.
 
     fd: an inherited listening socket, which then stands for host and port. max_workers: of the whole local fleet.
-    advertise_url: how the other control planes of a shared database reach this one. master_key: the text of the data
-    directory's `master.key`, so that several have the same. inherited: this process's environment, which local
-    workers start from.
+    report_url: where workers report, several separated by commas. advertise_url: how the other control planes of a
+    shared database reach this one. master_key: the text of the data directory's `master.key`, so that several have the
+    same. inherited: this process's environment, which local workers start from.
     """
 
     data_dir: Path
@@ -29,6 +29,7 @@ class ControlSettings:
     fd: int | None = None
     public_url: str = ""
     advertise_url: str = ""
+    report_url: str = ""
     master_key: str = field(default="", repr=False)
     fleet: str = "none"  # local | ray | none
     ray_address: str = ""  # host:port of the Ray head
@@ -68,6 +69,7 @@ def control_settings(env: Mapping[str, str], **given: object) -> ControlSettings
     for name, variable in (
         ("public_url", "COMFYFLEET_PUBLIC_URL"),
         ("advertise_url", "COMFYFLEET_ADVERTISE_URL"),
+        ("report_url", "COMFYFLEET_REPORT_URL"),
         ("database", "COMFYFLEET_DATABASE"),
         ("master_key", "COMFYFLEET_MASTER_KEY"),
         ("ray_address", "COMFYFLEET_RAY_ADDRESS"),

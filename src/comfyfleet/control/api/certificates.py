@@ -6,6 +6,9 @@ any address. The stock start script of the public worker sends no token, and is 
 
 from __future__ import annotations
 
+import hmac
+
+import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -14,6 +17,9 @@ from comfyfleet.control.api.calling import add, read_body
 from comfyfleet.control.auth import MANAGE
 from comfyfleet.control.certificates import CertificateAuthority
 from comfyfleet.control.keys import Keyring
+from comfyfleet.control.records import WorkerRow
+from comfyfleet.control.store.base import Store
+from comfyfleet.control.worker import Worker
 from comfyfleet.control.workers import Workers
 from comfyfleet.web import bearer_key
 from comfyfleet.wire.errors import InvalidArguments, Unauthorized
@@ -21,25 +27,32 @@ from comfyfleet.wire.errors import InvalidArguments, Unauthorized
 MAX_REQUEST_BYTES = 16_384
 
 
-def router(authority: CertificateAuthority, keyring: Keyring, workers: Workers) -> APIRouter:
-    """The routes."""
+def router(authority: CertificateAuthority, keyring: Keyring, workers: Workers, store: Store) -> APIRouter:
+    """The routes. store: knows the workers of other control planes too."""
     routes = APIRouter(tags=["certificates"])
 
     async def root_certificate() -> Response:
         return PlainTextResponse(authority.pem, media_type="application/x-x509-ca-cert")
 
     async def sign_certificate(request: Request) -> Response:
-        address = allowed_address(request)
+        address = await allowed_address(request)
         signed = authority.sign(await read_body(request, MAX_REQUEST_BYTES), address)
         return PlainTextResponse(signed, media_type="application/x-pem-file")
 
-    def allowed_address(request: Request) -> str:
+    async def authenticate(worker_id: int, key: str) -> None:
+        if workers.get(worker_id) is None and (row := await store.get(WorkerRow, worker_id)) is not None:
+            if not hmac.compare_digest(msgspec.json.decode(row.body, type=Worker).mtoken.encode(), key.encode()):
+                raise Unauthorized("this worker id and token are not known", worker_id=worker_id)
+            return
+        workers.authenticate(worker_id, key)
+
+    async def allowed_address(request: Request) -> str:
         """The address this caller may have certified. Raises Unauthorized or InvalidArguments."""
         key, instance_id = bearer_key(request), request.query_params.get("instance_id", "")
         here = request.client.host if request.client is not None else ""
         try:
             if instance_id.isascii() and instance_id.isdigit():
-                workers.authenticate(int(instance_id), key)
+                await authenticate(int(instance_id), key)
                 return here
         except Unauthorized:
             pass

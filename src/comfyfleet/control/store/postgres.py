@@ -18,6 +18,9 @@ from comfyfleet.control.store.sql import PARAMETER
 # Any number that is ours alone: one migration at a time per database.
 _MIGRATION_LOCK = 0x636F6D66
 _TELL = f"SELECT pg_notify('{CHANNEL}', :payload)"
+# A process that is stopped inside a transaction would hold its rows, and the other replicas, for as long as that lasts:
+# the server ends it before the stopped one's lease is over (`control.ownership`).
+_IDLE_IN_TRANSACTION_MS = 2500
 
 
 @lru_cache(maxsize=256)
@@ -109,6 +112,8 @@ class PostgresConnection:
             self._raw = psycopg.connect(self._url, autocommit=True, connect_timeout=5)
             if self._read_only:
                 self._raw.execute("SET default_transaction_read_only = on")
+            else:
+                self._raw.execute(f"SET idle_in_transaction_session_timeout = {_IDLE_IN_TRANSACTION_MS}")
         return self._raw
 
     def _lost(self, error: psycopg.OperationalError) -> ConnectionLost:

@@ -24,6 +24,8 @@ log = structlog.get_logger()
 TICK_S = 1.0
 QUIET_S = 10.0
 TIMEOUT = aiohttp.ClientTimeout(total=10.0)
+# Where there are several addresses: one that holds its answer back is not waited for that long.
+TIMEOUT_OF_SEVERAL = aiohttp.ClientTimeout(total=4.0)
 
 
 def is_due(*, is_changed: bool, since_last_s: float, is_loaded: bool) -> bool:
@@ -64,6 +66,7 @@ class Reporter:
         self._wake = anyio.Event()
         self._last_sent: WorkerStatusReport | None = None
         self._last_at = float("-inf")
+        self._urls = target.report_urls  # the one that took a report last comes first
 
     def wake(self) -> None:
         self._wake.set()
@@ -101,12 +104,14 @@ class Reporter:
     async def _post(self, path: str, body: msgspec.Struct) -> bool:
         """True when any control plane took it; tries each address once."""
         encoded = msgspec.json.encode(body)
-        for base in self._target.report_urls:
+        timeout = TIMEOUT if len(self._urls) == 1 else TIMEOUT_OF_SEVERAL
+        for base in self._urls:
             try:
                 async with self._session.post(
-                    f"{base}{path}", data=encoded, headers={"Content-Type": "application/json"}, timeout=TIMEOUT
+                    f"{base}{path}", data=encoded, headers={"Content-Type": "application/json"}, timeout=timeout
                 ) as answer:
                     if answer.status // 100 == 2:
+                        self._urls = (base, *(other for other in self._urls if other != base))
                         return True
                     log.warning("report.refused", path=path, status=answer.status)
                     if answer.status == Fenced.status:
