@@ -10,7 +10,9 @@ import pytest
 from comfyfleet.control.jobs import Job, Lease, rank
 from comfyfleet.control.ownership import Fence, Replica
 from comfyfleet.control.records import DecisionRow, Endpoint, WorkerRow
+from comfyfleet.control.store.connection import ConnectionLost
 from comfyfleet.control.store.ownership_table import Fenced
+from comfyfleet.control.store.postgres import PostgresConnection
 from comfyfleet.control.store.store import open_postgres, open_sqlite
 from comfyfleet.wire.jobs import JobStatus
 
@@ -183,3 +185,21 @@ async def test_the_first_secret_of_a_name_is_everybodys(store):
     assert await store.agree_on_secret("ticket", "first") == "first"
     assert await store.agree_on_secret("ticket", "second") == "first"
     assert await store.secret("ticket") == "first"
+
+
+@pytest.mark.slow
+async def test_a_process_that_stops_inside_a_transaction_holds_the_others_up_for_no_longer_than_a_lease(postgres_url):
+    store = open_postgres(postgres_url)
+    stopped = PostgresConnection(postgres_url)
+    try:
+        await enrolled(store, "stopped")
+        stopped.begin()
+        stopped.change("UPDATE replica SET url = 'http://held' WHERE id = 'stopped'", {})
+        with anyio.fail_after(60):
+            await store.leave("stopped")  # waits for the row
+        with pytest.raises(ConnectionLost):
+            stopped.commit()
+        assert (await store.attend("nobody", 1.0)).replicas == ()
+    finally:
+        stopped.close()
+        await store.close()

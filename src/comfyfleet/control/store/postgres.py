@@ -21,6 +21,7 @@ _TELL = f"SELECT pg_notify('{CHANNEL}', :payload)"
 # A process that is stopped inside a transaction would hold its rows, and the other replicas, for as long as that lasts:
 # the server ends it before the stopped one's lease is over (`control.ownership`).
 _IDLE_IN_TRANSACTION_MS = 2500
+_LOST = (psycopg.OperationalError, psycopg.errors.IdleInTransactionSessionTimeout)
 
 
 @lru_cache(maxsize=256)
@@ -44,13 +45,13 @@ class PostgresConnection:
     def rows(self, statement: str, params: Params) -> list[Row]:
         try:
             return self._connected().execute(_translated(statement), params).fetchall()
-        except psycopg.OperationalError as error:
+        except _LOST as error:
             raise self._lost(error) from error
 
     def change(self, statement: str, params: Params) -> int:
         try:
             return self._connected().execute(_translated(statement), params or None).rowcount
-        except psycopg.OperationalError as error:
+        except _LOST as error:
             raise self._lost(error) from error
 
     def changes(self, statements: Sequence[tuple[str, Params]]) -> int:
@@ -63,7 +64,7 @@ class PostgresConnection:
         try:
             with self._connected().cursor() as cursor:
                 cursor.executemany(_translated(statement), params)
-        except psycopg.OperationalError as error:
+        except _LOST as error:
             raise self._lost(error) from error
 
     def tell(self, payloads: Sequence[str]) -> None:
@@ -86,7 +87,7 @@ class PostgresConnection:
         if self._raw is not None and not self._raw.closed:
             try:
                 self._raw.execute("ROLLBACK")
-            except psycopg.OperationalError as error:
+            except _LOST as error:
                 self._lost(error)
 
     def close(self) -> None:
@@ -102,7 +103,7 @@ class PostgresConnection:
                 return [raw.execute(_translated(statement), params) for statement, params in statements]
             with raw.pipeline():
                 return [raw.execute(_translated(statement), params) for statement, params in statements]
-        except psycopg.OperationalError as error:
+        except _LOST as error:
             raise self._lost(error) from error
 
     def _connected(self) -> psycopg.Connection[Row]:
@@ -116,7 +117,7 @@ class PostgresConnection:
                 self._raw.execute(f"SET idle_in_transaction_session_timeout = {_IDLE_IN_TRANSACTION_MS}")
         return self._raw
 
-    def _lost(self, error: psycopg.OperationalError) -> ConnectionLost:
+    def _lost(self, error: psycopg.Error) -> ConnectionLost:
         if self._raw is not None:
             self._raw.close()
             self._raw = None
