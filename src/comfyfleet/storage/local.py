@@ -46,6 +46,10 @@ class LocalStorage:
             expires_at=float(int(self._clock.now() + expires_in_s)),
         )
 
+    def serves(self, url: str) -> bool:
+        """Does this link lead to a file here?"""
+        return url.startswith(f"{self._base_url}{URL_PREFIX}")
+
     async def delete(self, key: str) -> None:
         try:
             await anyio.to_thread.run_sync(_remove, self.path(key), self.root)

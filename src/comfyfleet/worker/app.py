@@ -55,6 +55,7 @@ from comfyfleet.worker.stages.history_files import expected_folders
 from comfyfleet.worker.stages.kit import Kit, KitPlaces, open_kit
 from comfyfleet.worker.stages.store_outputs import missing_files
 from comfyfleet.worker.templates import SHIPPED, Templates
+from comfyfleet.worker.upkeep import Retention
 
 log = structlog.get_logger()
 
@@ -136,6 +137,14 @@ async def running(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cl
                 clock=clock,
                 ids=ids,
             )
+            retention = Retention(
+                journal,
+                kit.local,
+                result_ttl_s=settings.queue.result_ttl_s,
+                live_folders=service.live_folders,
+                clock=clock,
+                ids=ids,
+            )
             MachineMetrics(
                 metrics.registry,
                 startup=machine.startup,
@@ -148,6 +157,7 @@ async def running(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cl
                 await supervisor.tend(slot, plan.launch)
 
             tasks.start_soon(machine.run, name="machine")
+            tasks.start_soon(retention.run, name="retention")
             for slot, plan in zip(slots, plans, strict=True):
                 tasks.start_soon(tend, slot, plan, name=slot.name)
             await tasks.start(service.run, name="jobs")

@@ -15,9 +15,9 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import anyio
 import anyio.to_thread
@@ -57,6 +57,13 @@ class _Write:
             self.future.set_exception(error)
         else:
             self.future.set_result(value)
+
+
+class ForgottenJob(NamedTuple):
+    """What is left to look at of a result that is about to go. finished_at: epoch s."""
+
+    finished_at: float
+    result: bytes
 
 
 class _Sync:
@@ -184,15 +191,32 @@ class Journal:
         """Output folders of jobs that run or whose result can still be read."""
         return {row["folder"] for row in self.rows(sql.KEPT_FOLDERS)}
 
-    async def forget_before(self, moment: float) -> list[str]:
-        """Drop jobs that ended before `moment` (epoch s); their output folders."""
+    def knows_folder(self, folder: str) -> bool:
+        """Does any job have this folder?"""
+        return bool(self.rows(sql.KNOWS_FOLDER, (folder,)))
 
-        def change(db: sqlite3.Connection) -> list[str]:
-            folders = [row[0] for row in db.execute(sql.EXPIRED_FOLDERS, (moment,))]
-            db.execute(sql.FORGET, (moment,))
-            return folders
+    async def forget_before(self, moment: float, links_until: Callable[[ForgottenJob], float]) -> None:
+        """Drop jobs that ended before `moment` (epoch s) and remember until when links lead to their folders."""
+        while rows := self.rows(sql.EXPIRED, (moment,)):
+            going = [
+                (row["uid"], row["folder"], links_until(ForgottenJob(row["finished_at"], row["result"])))
+                for row in rows
+            ]
 
-        return await self.write(change)
+            def change(db: sqlite3.Connection, going: list[tuple[int, str, float]] = going) -> None:
+                db.execute("SAVEPOINT forgetting")  # one commit, whoever else is in it
+                db.executemany(sql.OUTLIVE, [(folder, until) for _, folder, until in going])
+                db.executemany(sql.FORGET, [(uid,) for uid, _, _ in going])
+                db.execute("RELEASE forgetting")
+
+            await self.write(change)
+
+    def outlived_folders(self, now: float) -> list[str]:
+        """Folders of forgotten jobs to which no link leads any more."""
+        return [row["folder"] for row in self.rows(sql.OUTLIVED, (now,))]
+
+    async def folders_are_gone(self, folders: Sequence[str]) -> None:
+        await self.write(lambda db: db.execute(sql.FOLDERS_GONE, (_encode(folders),)))
 
     async def save_learned(self, data: bytes) -> None:
         await self.write(lambda db: db.execute(sql.SAVE_LEARNED, (data,)))

@@ -29,6 +29,7 @@ CREATE TABLE IF NOT EXISTS job (
 );
 CREATE INDEX IF NOT EXISTS job_by_id ON job (id);
 CREATE INDEX IF NOT EXISTS job_by_end ON job (finished_at) WHERE finished_at IS NOT NULL;
+CREATE TABLE IF NOT EXISTS outlived (folder TEXT PRIMARY KEY, until REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS learned (name TEXT PRIMARY KEY, data BLOB NOT NULL);
 """
 
@@ -59,7 +60,12 @@ BY_KEY = "SELECT * FROM job WHERE scope = ? AND key = ?"
 BY_ID = "SELECT * FROM job WHERE id = ? AND scope = ? ORDER BY uid DESC LIMIT 1"
 FOLDER_TAKEN = "SELECT 1 FROM job WHERE folder = ? AND scope <> ? LIMIT 1"
 KEPT_FOLDERS = "SELECT folder FROM job"
-FORGET = "DELETE FROM job WHERE finished_at < ?"
-EXPIRED_FOLDERS = "SELECT folder FROM job WHERE finished_at < ?"
+KNOWS_FOLDER = "SELECT 1 FROM job WHERE folder = ? LIMIT 1"
+# Results whose time is over, some at a time; their folders stay on the list until no link leads to them.
+EXPIRED = "SELECT uid, folder, finished_at, result FROM job WHERE finished_at < ? ORDER BY finished_at LIMIT 200"
+FORGET = "DELETE FROM job WHERE uid = ?"
+OUTLIVE = "INSERT OR REPLACE INTO outlived (folder, until) VALUES (?, ?)"
+OUTLIVED = "SELECT folder FROM outlived WHERE until <= ? ORDER BY until LIMIT 200"
+FOLDERS_GONE = "DELETE FROM outlived WHERE folder IN (SELECT value FROM json_each(?))"
 SAVE_LEARNED = "INSERT OR REPLACE INTO learned (name, data) VALUES ('durations', ?)"
 LOAD_LEARNED = "SELECT data FROM learned WHERE name = 'durations'"

@@ -40,19 +40,16 @@ from comfyfleet.worker.engines.pool import EnginePool, EngineSlot, EngineState
 from comfyfleet.worker.job import Finished, Job, RunEvent
 from comfyfleet.worker.job_book import JobBook
 from comfyfleet.worker.journal import Journal
-from comfyfleet.worker.limits import reason_to_stop
 from comfyfleet.worker.pipeline import Pipeline, Stages
 from comfyfleet.worker.queue import QueueView, WaitingLine, estimate
 from comfyfleet.worker.readiness import health_report, start_failure
 from comfyfleet.worker.resume import graph_again, whose
 from comfyfleet.worker.stages.prepare import build_graph, check_request
 from comfyfleet.worker.templates import Templates
+from comfyfleet.worker.upkeep import Sweep, save_learned
 
 log = structlog.get_logger()
 
-_SWEEP_S = 0.25
-_SAVE_LEARNED_S = 30.0
-_FORGET_EVERY_S = 600.0
 _encode = msgspec.json.Encoder().encode
 _result_decoder = msgspec.json.Decoder(GenerateResult)
 _encode_sorted = msgspec.json.Encoder(order="sorted").encode
@@ -108,10 +105,17 @@ class JobService:
             learned = self._journal.load_learned()
             if learned:
                 self._durations.load(learned)
+            sweep = Sweep(
+                self._book,
+                self._clock,
+                grace_s=self._settings.drop_grace_s,
+                eta_s=lambda job: self.queue_view(job).eta_s,
+                stop=self._stop,
+            )
             tasks.start_soon(self._resume)
-            tasks.start_soon(self._sweep)
+            tasks.start_soon(sweep.run)
             task_status.started()
-            await self._keep_house()
+            await save_learned(self._journal, self._durations, self._clock)
 
     async def submit(self, request: GenerateInput, *, scope: str = "", key: str = "", abandonable: bool = False) -> Job:
         """Accept, join or replay. Returns when the job is on disk.
@@ -235,6 +239,9 @@ class JobService:
 
     def live_jobs(self) -> list[Job]:
         return self._book.live()
+
+    def live_folders(self) -> set[str]:
+        return {job.folder for job in self._book.live()}
 
     def drain(self) -> None:
         """Accept nothing more; what is accepted goes on."""
@@ -370,28 +377,6 @@ class JobService:
                 await self._journal.attempt(job)
                 self._line.add(job)
         self._start_next()
-
-    async def _sweep(self) -> None:
-        """Deadlines, queue waits and callers that did not come back."""
-        while True:
-            await self._clock.sleep(_SWEEP_S)
-            now, ticks = self._clock.now(), self._clock.monotonic()
-            for job in self._book.live():
-                reason = reason_to_stop(
-                    job, now, ticks, grace_s=self._settings.drop_grace_s, eta_s=lambda one: self.queue_view(one).eta_s
-                )
-                if reason is not None:
-                    self._stop(job, reason)
-
-    async def _keep_house(self) -> None:
-        waited_s = 0.0
-        while True:
-            await self._clock.sleep(_SAVE_LEARNED_S)
-            waited_s += _SAVE_LEARNED_S
-            await self._journal.save_learned(self._durations.dump())
-            if waited_s >= _FORGET_EVERY_S:
-                waited_s = 0.0
-                await self._journal.forget_before(self._clock.now() - self._settings.result_ttl_s)
 
 
 def _may_run_again(job: Job) -> bool:

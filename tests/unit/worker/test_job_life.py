@@ -141,7 +141,9 @@ async def test_an_accepted_job_is_there_after_a_restart_and_a_finished_one_stays
     found = journal.find(scope="", key="job")
     assert found.finished == end
     assert journal.find(scope="other", key="job") is None
-    assert await journal.forget_before(2000.5) == ["job"]
+    await journal.forget_before(2000.5, lambda job: job.finished_at + 60)
+    assert journal.outlived_folders(2059) == []
+    assert journal.outlived_folders(2060) == ["job"]
     assert journal.find(scope="", key="job") is None
     await journal.close()
 
