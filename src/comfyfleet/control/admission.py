@@ -23,6 +23,8 @@ from comfyfleet.control.records import Endpoint
 from comfyfleet.control.store.base import Added, Store
 from comfyfleet.fetching.fetcher import GuardedFetcher
 from comfyfleet.ids import Ids
+from comfyfleet.settings.outreach import WebhookSettings
+from comfyfleet.webhooks.receivers import check_receiver
 from comfyfleet.wire.errors import BadRequest, IdempotencyMismatch, InvalidArguments, NotFound, WorkflowRefused
 from comfyfleet.wire.generation import REQUEST_ID, S3Target, WebhookTarget
 from comfyfleet.wire.jobs import JobStatus
@@ -71,6 +73,7 @@ class Admission:
         limits: Limits,
         vault: Vault,
         fetcher: GuardedFetcher,
+        operator: WebhookSettings,
         clock: Clock,
         ids: Ids,
     ) -> None:
@@ -80,6 +83,7 @@ class Admission:
         self._limits = limits
         self._vault = vault
         self._fetcher = fetcher
+        self._operator = operator
         self._clock = clock
         self._ids = ids
 
@@ -107,8 +111,7 @@ class Admission:
         _check(request)
         given = {name: value for name, value in request.input.items() if value not in (None, "")}
         s3, webhook = _taken_out(given, request.webhook)
-        if webhook.url:
-            self._fetcher.check_url(webhook.url, field="webhook.url")
+        check_receiver(webhook, self._operator, self._fetcher, field="webhook.url")
         shape, models = _checked_work(given)
         key = request.idempotency_key or str(given.get("request_id", ""))
         secrets = JobSecrets(s3=s3, webhook=webhook)

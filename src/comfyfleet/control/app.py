@@ -124,7 +124,7 @@ async def open_control(
     await routing.load()
     logbook = Logbook(store, clock)
     metrics = Metrics(catalog=catalog, workers=routing.workers, store=store)
-    async with outreach(settings, clock) as (session, fetcher):
+    async with outreach(settings, clock) as (session, fetcher, trusted):
         durable = DurablePlane(
             settings=settings,
             store=store,
@@ -135,6 +135,7 @@ async def open_control(
             metrics=metrics,
             session=session,
             fetcher=fetcher,
+            trusted=trusted,
             clock=clock,
             ids=ids,
             ownership=ownership,

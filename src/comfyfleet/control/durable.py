@@ -36,7 +36,7 @@ from comfyfleet.fetching.fetcher import GuardedFetcher
 from comfyfleet.ids import Ids
 from comfyfleet.sealing import Sealer
 from comfyfleet.settings.control import ControlSettings
-from comfyfleet.settings.outreach import FetchSettings
+from comfyfleet.settings.outreach import FetchSettings, WebhookSettings
 from comfyfleet.webhooks.deliver import Webhooks
 from comfyfleet.webhooks.outbox import Outbox
 from comfyfleet.wire.jobs import JobStatus
@@ -57,10 +57,12 @@ class DurablePlane:
         metrics: Metrics,
         session: aiohttp.ClientSession,
         fetcher: GuardedFetcher,
+        trusted: GuardedFetcher,
         clock: Clock,
         ids: Ids,
         ownership: Ownership | None = None,
     ) -> None:
+        operator = WebhookSettings.from_environment(settings.inherited)
         self.feed = JobFeed()
         self.backlog = Backlog()
         self.limits = routing.limits
@@ -71,7 +73,7 @@ class DurablePlane:
         self._clock = clock
         self._ended = Kick()
         self._outbox = Outbox(settings.data_dir / "webhooks.sqlite3", Sealer(webhook_key, "webhooks"))
-        self._webhooks = Webhooks(self._outbox, fetcher, clock, ids)
+        self._webhooks = Webhooks(self._outbox, fetcher, clock, ids, trusted=trusted)
         self.admission = Admission(
             store=store,
             catalog=catalog,
@@ -79,6 +81,7 @@ class DurablePlane:
             limits=self.limits,
             vault=vault,
             fetcher=fetcher,
+            operator=operator,
             clock=clock,
             ids=ids,
         )
@@ -118,7 +121,13 @@ class DurablePlane:
             ownership=self.ownership,
         )
         self._job_webhooks = JobWebhooks(
-            store=store, vault=vault, webhooks=self._webhooks, clock=clock, kick=self._ended, ownership=self.ownership
+            store=store,
+            vault=vault,
+            webhooks=self._webhooks,
+            operator=operator,
+            clock=clock,
+            kick=self._ended,
+            ownership=self.ownership,
         )
 
     async def run(self) -> None:
@@ -189,8 +198,8 @@ class DurablePlane:
 @asynccontextmanager
 async def outreach(
     settings: ControlSettings, clock: Clock
-) -> AsyncIterator[tuple[aiohttp.ClientSession, GuardedFetcher]]:
-    """The two HTTP clients: one to our workers, one to whatever a caller names."""
+) -> AsyncIterator[tuple[aiohttp.ClientSession, GuardedFetcher, GuardedFetcher]]:
+    """The HTTP clients: one to our workers, one to whatever a caller names, one to what the operator named."""
     fetch = FetchSettings.from_environment(settings.inherited)
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(
@@ -200,4 +209,5 @@ async def outreach(
         )
         rules = AddressRules.parse(fetch.allowed_private_hosts)
         fetcher = await stack.enter_async_context(GuardedFetcher(rules, clock))
-        yield session, fetcher
+        trusted = await stack.enter_async_context(GuardedFetcher(AddressRules.anywhere(), clock))
+        yield session, fetcher, trusted

@@ -17,9 +17,10 @@ from comfyfleet.control.keys import Vault
 from comfyfleet.control.ownership import Ownership
 from comfyfleet.control.store.base import Store
 from comfyfleet.sealing import CannotOpen
+from comfyfleet.settings.outreach import WebhookSettings
 from comfyfleet.webhooks import envelope
 from comfyfleet.webhooks.deliver import Webhooks
-from comfyfleet.webhooks.outbox import Receiver
+from comfyfleet.webhooks.receivers import receiver_of
 from comfyfleet.wire.errors import FleetError
 from comfyfleet.wire.generation import GenerateResult
 
@@ -32,11 +33,20 @@ class JobWebhooks:
     """The loop between the job table and the outbox."""
 
     def __init__(
-        self, *, store: Store, vault: Vault, webhooks: Webhooks, clock: Clock, kick: Kick, ownership: Ownership
+        self,
+        *,
+        store: Store,
+        vault: Vault,
+        webhooks: Webhooks,
+        operator: WebhookSettings,
+        clock: Clock,
+        kick: Kick,
+        ownership: Ownership,
     ) -> None:
         self._store = store
         self._vault = vault
         self._webhooks = webhooks
+        self._operator = operator
         self._clock = clock
         self._kick = kick
         self._ownership = ownership
@@ -56,10 +66,9 @@ class JobWebhooks:
         try:
             target = msgspec.json.decode(self._vault.open(job.sealed, SEALED), type=JobSecrets).webhook
             body = envelope.result_body(final_result(job), target.extra_params)
-            receiver = Receiver(
-                url=target.url, secrets=tuple(target.secret.replace(",", " ").split()), timeout_s=target.timeout or 30.0
-            )
-            await self._webhooks.send(receiver, body, scope=job.scope, job=job.id, event=f"job.{job.status}")
+            receiver = receiver_of(target, self._operator)
+            if receiver is not None:
+                await self._webhooks.send(receiver, body, scope=job.scope, job=job.id, event=f"job.{job.status}")
         except (FleetError, CannotOpen) as error:
             log.warning("job.webhook_refused", job=job.id, why=str(error))
         await self._store.mark_delivered(job.id)

@@ -102,15 +102,15 @@ class Webhooks:
         delivery, _ = await self._attempt(identity, "webhook.test", receiver, body, attempt=1)
         return delivery
 
-    async def replay(self, identity: str, *, scope: str) -> None:
+    async def replay(self, identity: str, *, scope: str | None) -> None:
         """Tell an event again. Raises NotFound."""
         now = self._clock.now()
         if not await anyio.to_thread.run_sync(lambda: self._outbox.replay(identity, scope=scope, now=now)):
             raise NotFound("there is no such webhook event")
         self._nudge()
 
-    async def events(self, *, scope: str, job: str = "", state: EventState | None = None) -> list[OutgoingEvent]:
-        """The newest events, for the delivery log and the dead letters."""
+    async def events(self, *, scope: str | None, job: str = "", state: EventState | None = None) -> list[OutgoingEvent]:
+        """The newest events of a scope (None: of all), for the delivery log and the dead letters."""
         return await anyio.to_thread.run_sync(lambda: self._outbox.events(scope=scope, job=job, state=state))
 
     async def deliveries(self, identities: Iterable[str]) -> list[Delivery]:

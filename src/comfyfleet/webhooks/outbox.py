@@ -49,7 +49,8 @@ _LOG = "INSERT INTO webhook_delivery VALUES (?, ?, ?, ?, ?, ?, ?)"
 _APPLY = "UPDATE webhook_event SET state = ?, attempts = ?, next_at = ?, ended_at = ?, reason = ? WHERE id = ?"
 # replay: tell again, under the same id.
 _REPLAY = (
-    "UPDATE webhook_event SET state = 'waiting', attempts = 0, next_at = ?, ended_at = NULL WHERE id = ? AND scope = ?"
+    "UPDATE webhook_event SET state = 'waiting', attempts = 0, next_at = ?, ended_at = NULL"
+    " WHERE id = ? AND scope = coalesce(?, scope)"
 )
 # prune: ended events past their time; their log goes with them.
 _PRUNE = "DELETE FROM webhook_event WHERE state != 'waiting' AND ended_at < ?"
@@ -152,16 +153,16 @@ class Outbox:
                 self._base.execute("ROLLBACK")
                 raise
 
-    def replay(self, identity: str, *, scope: str, now: float) -> bool:
+    def replay(self, identity: str, *, scope: str | None, now: float) -> bool:
         """Tell again under the same id, with a fresh count of attempts. False when there is no such event."""
         with self._lock:
             return self._base.execute(_REPLAY, (now, identity, scope)).rowcount == 1
 
     def events(
-        self, *, scope: str, job: str = "", state: EventState | None = None, limit: int = 100
+        self, *, scope: str | None, job: str = "", state: EventState | None = None, limit: int = 100
     ) -> list[OutgoingEvent]:
-        """The newest events of a scope; of one job or in one state where asked."""
-        where, values = "scope = ?", [scope]
+        """The newest events of a scope (None: of all); of one job or in one state where asked."""
+        where, values = ("scope = ?", [scope]) if scope is not None else ("1", [])
         if job:
             where, values = where + " AND job = ?", [*values, job]
         if state is not None:

@@ -13,11 +13,14 @@ from aiohttp import web
 from fastapi import FastAPI
 
 from comfyfleet.clock import SystemClock
+from comfyfleet.fetching.addresses import AddressRules
+from comfyfleet.fetching.fetcher import GuardedFetcher
 from comfyfleet.ids import SystemIds
 from comfyfleet.settings.outreach import FetchSettings, WebhookSettings
 from comfyfleet.settings.storage import StorageSettings
 from comfyfleet.web import worker_error
-from comfyfleet.wire.errors import FleetError
+from comfyfleet.webhooks.receivers import check_receiver, receiver_of
+from comfyfleet.wire.errors import FleetError, InputRefused
 from comfyfleet.wire.generation import GenerateResult, WebhookTarget
 from comfyfleet.wire.jobs import RunStatus
 from comfyfleet.worker.api.files_and_hooks import routes
@@ -128,6 +131,35 @@ async def test_the_delivery_log_shows_what_happened_and_no_secret(tmp_path: Path
     assert "s3cret" not in str(event)
     assert calls[0]["extra"] == {"user": 1}
     assert (replayed.status_code, unknown.status_code) == (202, 404)
+
+
+async def test_the_operator_sees_and_replays_events_of_jobs_that_came_behind_a_ticket(tmp_path: Path) -> None:
+    async with a_receiver(410) as (url, _), a_wrapper(tmp_path) as (client, kit):
+        result = GenerateResult(id="job-1", message="m", status="completed")
+        ids = {scope: await kit.notify.finished(result, WebhookTarget(url=url), scope=scope) for scope in ("", "key-7")}
+        every = (await client.get("/webhooks")).json()
+        one = (await client.get("/webhooks", params={"scope": "key-7"})).json()
+        own = (await client.get("/webhooks", params={"scope": ""})).json()
+        replayed = await client.post(f"/webhooks/{ids['key-7']}/replay")
+
+    assert {(event["id"], event["scope"]) for event in every} == {(ids[""], ""), (ids["key-7"], "key-7")}
+    assert [event["id"] for event in one] == [ids["key-7"]]
+    assert [event["id"] for event in own] == [ids[""]]
+    assert replayed.status_code == 202
+
+
+async def test_the_operators_own_receiver_may_be_named_wherever_it_is_and_no_other_private_one(tmp_path: Path) -> None:
+    operator = WebhookSettings(url="http://10.0.0.7/hook", secrets=("s",))
+    async with GuardedFetcher(AddressRules(), SystemClock()) as fetcher:
+        check_receiver(WebhookTarget(url=operator.url), operator, fetcher, field="webhook.url")
+        check_receiver(WebhookTarget(), operator, fetcher, field="webhook.url")
+        for url in ("http://10.0.0.8/hook", "http://10.0.0.7/other"):
+            with pytest.raises(InputRefused):
+                check_receiver(WebhookTarget(url=url), operator, fetcher, field="webhook.url")
+
+    assert receiver_of(WebhookTarget(url=operator.url), operator).trusted
+    assert receiver_of(WebhookTarget(), operator).trusted
+    assert not receiver_of(WebhookTarget(url="https://example.com/"), operator).trusted
 
 
 async def test_a_webhook_can_be_tried_before_it_is_used(tmp_path: Path) -> None:

@@ -42,8 +42,12 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def routes(kit: Kit, *, upload_max_bytes: int, scope: str = "") -> APIRouter:
-    """The routes over one worker's kit. `scope` is whose events they show: the wrapper's own by default."""
+def routes(kit: Kit, *, upload_max_bytes: int) -> APIRouter:
+    """The routes over one worker's kit.
+
+    The wrapper's port is the operator's, so its log holds every event of this worker: those of jobs that came in behind
+    a ticket too, which nobody else could find or tell again. Bodies, URLs and secrets are shown to nobody.
+    """
     router = APIRouter()
 
     @router.post(
@@ -62,7 +66,11 @@ def routes(kit: Kit, *, upload_max_bytes: int, scope: str = "") -> APIRouter:
         return JsonResponse({**first, "files": files})
 
     @router.get("/webhooks", summary="Webhook events: waiting, delivered or dead, with every attempt")
-    async def events(job: Annotated[str, Query(max_length=200)] = "", state: EventState | None = None) -> Response:
+    async def events(
+        job: Annotated[str, Query(max_length=200)] = "",
+        state: EventState | None = None,
+        scope: Annotated[str | None, Query(max_length=200, description="Only of jobs sent under this key.")] = None,
+    ) -> Response:
         found = await kit.notify.webhooks.events(scope=scope, job=job, state=state)
         attempts = await kit.notify.webhooks.deliveries([event.id for event in found])
         return JsonResponse(
@@ -71,7 +79,7 @@ def routes(kit: Kit, *, upload_max_bytes: int, scope: str = "") -> APIRouter:
 
     @router.post("/webhooks/{event_id}/replay", summary="Tell an event again, under the same id", status_code=202)
     async def replay(event_id: str) -> Response:
-        await kit.notify.webhooks.replay(event_id, scope=scope)
+        await kit.notify.webhooks.replay(event_id, scope=None)
         return JsonResponse({"id": event_id, "state": "waiting"}, status_code=202)
 
     @router.post(
@@ -106,6 +114,7 @@ def _shown(event: OutgoingEvent) -> dict[str, Any]:
     return {
         "id": event.id,
         "job": event.job,
+        "scope": event.scope,
         "event": event.event,
         "host": event.host,
         "state": event.state.value,

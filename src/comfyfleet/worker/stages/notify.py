@@ -13,7 +13,8 @@ from comfyfleet.fetching.fetcher import GuardedFetcher
 from comfyfleet.settings.outreach import WebhookSettings
 from comfyfleet.webhooks import envelope
 from comfyfleet.webhooks.deliver import Webhooks
-from comfyfleet.webhooks.outbox import Delivery, Receiver
+from comfyfleet.webhooks.outbox import Delivery
+from comfyfleet.webhooks.receivers import check_receiver, receiver_of
 from comfyfleet.wire.errors import BadRequest
 from comfyfleet.wire.generation import GenerateResult, WebhookTarget
 from comfyfleet.wire.jobs import RunStatus
@@ -21,16 +22,6 @@ from comfyfleet.worker.job import RunEvent
 
 PROGRESS_EVERY_S = 2.0
 EVENTS = frozenset({"started", "progress", "completed", "failed", "cancelled"})
-
-
-def receiver_of(target: WebhookTarget, operator: WebhookSettings) -> Receiver | None:
-    """The request's receiver over the operator's; the operator's secret signs where the request brings none."""
-    url = target.url or operator.url
-    if not url:
-        return None
-    secrets = tuple(target.secret.replace(",", " ").split()) or operator.secrets
-    timeout_s = target.timeout if target.url and target.timeout > 0 else operator.timeout_s
-    return Receiver(url=url, secrets=secrets, timeout_s=timeout_s, trusted=url == operator.url)
 
 
 class Notify:
@@ -44,8 +35,7 @@ class Notify:
 
     def check(self, target: WebhookTarget) -> None:
         """Refuse a webhook that can never be told, before the job is accepted. Raises InputRefused or BadRequest."""
-        if target.url:
-            self._fetcher.check_url(target.url, field="input.webhook.url")
+        check_receiver(target, self._operator, self._fetcher, field="input.webhook.url")
         unknown = sorted(set(target.events) - EVENTS)
         if unknown:
             raise BadRequest(f"webhook.events knows no {unknown[0]!r}", field="input.webhook.events")
