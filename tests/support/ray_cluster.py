@@ -57,18 +57,23 @@ class RayCluster:
         self.head_processes: list[psutil.Process] = []
 
     # --- starting ------------------------------------------------------------------------------------------------
-    def start(self, *, nodes: dict[str, int]) -> RayCluster:
-        """nodes: GPUs by name."""
+    @property
+    def mark(self) -> dict[str, str]:
+        """What to put into the environment of a process that is to be ended with the cluster."""
+        return {MARK: str(self.folder)}
+
+    def start(self, *, nodes: dict[str, int], labels: str = "") -> RayCluster:
+        """nodes: GPUs by name. labels: of all of them."""
         self.start_head()
         for name, gpus in nodes.items():
-            self.start_node(name, gpus=gpus)
+            self.start_node(name, gpus=gpus, labels=labels)
         return self
 
     def start_head(self) -> None:
         """A head without GPUs, at the cluster's address; a new one knows nothing of the one before."""
         self._heads += 1
         temporary = self.folder / f"h{self._heads}"
-        before = self._processes()
+        before = self.processes()
         self._ray(
             [
                 *("--head", f"--port={self.port}", "--num-cpus=0", "--num-gpus=0", "--include-dashboard=false"),
@@ -76,12 +81,12 @@ class RayCluster:
             ],
             folder=self.folder / "head",
         )
-        self.head_processes = [process for process in self._processes() if process not in before]
+        self.head_processes = [process for process in self.processes() if process not in before]
 
     def start_node(self, name: str, *, gpus: int = 2, labels: str = "", ram_gb: float = 0.0) -> None:
         """Again under the same name: the machine is back, with its disk."""
         self._started += 1
-        before = self._processes()
+        before = self.processes()
         named = f"name={name}" + (f",{labels}" if labels else "")
         more = [f'--resources={{"gpu_ram_gb": {ram_gb}}}'] if ram_gb else []
         self._ray(
@@ -91,7 +96,7 @@ class RayCluster:
         )
         self.nodes[name] = next(
             process
-            for process in self._processes()
+            for process in self.processes()
             if process not in before and "raylet/raylet" in " ".join(_command(process))
         )
 
@@ -104,6 +109,7 @@ class RayCluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
             "RAY_enable_worker_prestart": "0",
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # so long a raylet outlives its head; 60 by default
             "COMFYFLEET_DATA_DIR": str(folder),
             "COMFYFLEET_FIRST_SLOT": str(first_slot),
             MARK: str(self.folder),
@@ -168,7 +174,7 @@ class RayCluster:
                 raylet.kill()
                 raylet.wait(10)
 
-    def _processes(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -179,12 +185,12 @@ class RayCluster:
     def close(self) -> None:
         """End every process that carries this cluster's folder, until none is left."""
         for _ in range(5):
-            left = self._processes()
+            left = self.processes()
             for process in left:
                 with contextlib.suppress(psutil.Error):
                     process.send_signal(signal.SIGKILL)
             psutil.wait_procs(left, timeout=5)
-            if not self._processes():
+            if not self.processes():
                 break
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -196,18 +202,18 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 @contextlib.contextmanager
-def ray_cluster(nodes: dict[str, int], **options: object) -> Iterator[RayCluster]:
+def ray_cluster(nodes: dict[str, int], *, labels: str = "", **options: object) -> Iterator[RayCluster]:
     cluster = RayCluster(**options)
     try:
-        yield cluster.start(nodes=nodes)
+        yield cluster.start(nodes=nodes, labels=labels)
     finally:
         cluster.close()
 
 
-def until(condition, limit_s: float = 60.0, every_s: float = 0.1):
-    """The condition's first true value. For tests that run no event loop."""
+def until(condition, limit_s: float = 60.0, every_s: float = 0.2, tell=lambda: ""):
+    """The condition's first true value. For tests that run no event loop. tell: what to say when it never comes."""
     end = time.monotonic() + limit_s
     while not (found := condition()):
-        assert time.monotonic() < end, f"not so within {limit_s} s: {condition}"
+        assert time.monotonic() < end, f"not so within {limit_s} s\n{tell()}"
         time.sleep(every_s)
     return found

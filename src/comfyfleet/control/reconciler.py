@@ -139,15 +139,20 @@ class Reconciler:
         for worker in self._workers.all():
             if not self._ownership.owns(worker.endpoint_id):
                 continue
+            seen = present.get(worker.id)
+            if seen is not None and seen.price_hour and seen.price_hour != worker.price_hour:
+                worker = self._workers.change(worker.id, now, price_hour=seen.price_hour)
+            if seen is not None and seen.gpu_name and not worker.gpu_name:
+                worker = self._workers.change(worker.id, now, gpu_name=seen.gpu_name)
             before = self._states.get(worker.id, worker.state)
-            problem = ailment(worker, present.get(worker.id), has_provider=self._provider is not None, now=now)
+            problem = ailment(worker, seen, has_provider=self._provider is not None, now=now)
             if problem:
                 before = worker.state
                 lost = self._workers.load(worker.id).clear()
                 self._workers.change(worker.id, now, error_msg=problem)
                 failures = worker.failures
                 worker = self._workers.move(worker.id, WorkerState.ERROR, now)
-                if (seen := present.get(worker.id)) is not None and seen.presence is Presence.LOST:
+                if seen is not None and seen.presence is Presence.LOST:
                     worker = self._workers.change(
                         worker.id, now, failures=failures
                     )  # not its fault: started again at once

@@ -1,0 +1,155 @@
+"""What the cluster shows, and what it means for each worker."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from comfyfleet.control.fleet.base import FleetNode, FleetWorker, Presence, WorkerSpec
+from comfyfleet.control.fleet.ray_demand import REFUSED_KEPT_S, Demand, wish
+from comfyfleet.control.fleet.ray_node import NodeWorker, Reservation, free_devices
+from comfyfleet.control.fleet.ray_view import Known, Look, NodeView, Placed, Placing, findings, node_view
+from comfyfleet.control.search import parse_search
+
+ROW = {
+    "NodeID": "abcdef0123",
+    "Alive": True,
+    "NodeManagerAddress": "10.0.0.5",
+    "NodeManagerHostname": "gpu-box",
+    "Resources": {"GPU": 2.0, "gpu_ram_gb": 48.0, "CPU": 8.0},
+    "Labels": {"gpu_name": "RTX_4090", "dph_total": "0.8", "ray.io/node-id": "abcdef0123"},
+}
+
+
+def node(number: str, *, is_alive: bool = True, is_heard: bool = True) -> NodeView:
+    facts = FleetNode(name=number, address="10.0.0.1", is_alive=is_alive, gpus=2, price_hour=0.8, gpu_name="RTX_4090")
+    return NodeView(id=number, facts=facts, is_heard=is_heard)
+
+
+def placed(node_id: str, worker_id: int = 1, *, incarnation: str = "i1", presence=Presence.RUNNING, at: float = 5.0):
+    seen = FleetWorker(id=worker_id, presence=presence, started_at=at)
+    return Placed(node_id=node_id, worker=NodeWorker(seen=seen, reservation=Reservation(incarnation=incarnation)))
+
+
+def known(node_id: str = "n1", *, incarnation: str = "i1", presence=Presence.RUNNING) -> dict[int, Known]:
+    return {1: Known(seen=FleetWorker(id=1, presence=presence), node_id=node_id, incarnation=incarnation)}
+
+
+def seen(look: Look, before: dict[int, Known]) -> FleetWorker:
+    return findings(look, before).known[1].seen
+
+
+def test_a_node_is_read_from_rays_books_and_labels():
+    view = node_view(ROW, {"GPU": 1.0}, is_heard=True)
+
+    assert view.has_ram
+    assert msgspec.to_builtins(view.facts) == {
+        "name": "gpu-box-abcdef",
+        "address": "10.0.0.5",
+        "is_alive": True,
+        "gpus": 2.0,
+        "free_gpus": 1.0,
+        "gpu_name": "RTX_4090",
+        "gpu_ram_gb": 24.0,
+        "price_hour": 0.8,
+        "workers": [],
+        "labels": {"gpu_name": "RTX_4090", "dph_total": "0.8"},
+    }
+
+
+def test_a_worker_has_its_nodes_name_and_its_share_of_the_price():
+    found = seen(Look(nodes=(node("n1"),), placed=(placed("n1"),)), {})
+
+    assert (found.node, found.gpu_name, found.price_hour) == ("n1", "RTX_4090", 0.4)
+
+
+def test_a_worker_of_a_dead_node_is_lost():
+    assert seen(Look(nodes=(node("n1", is_alive=False),)), known()).presence is Presence.LOST
+
+
+@pytest.mark.parametrize("look", [Look(), Look(nodes=(node("n2"),)), Look(nodes=(node("n1", is_heard=False),))])
+def test_a_worker_whose_node_has_not_been_heard_of_is_not_lost(look):
+    assert seen(look, known()).presence is Presence.RUNNING
+
+
+def test_a_stopped_worker_of_a_dead_node_is_still_stopped_and_can_start_elsewhere():
+    look = Look(nodes=(node("n1", is_alive=False),))
+
+    assert seen(look, known(presence=Presence.STOPPED)).presence is Presence.STOPPED
+
+
+def test_of_two_folders_the_present_life_counts_and_the_other_is_cleared_once_nothing_runs_in_it():
+    nodes = (node("n1"), node("n2"))
+    old, new = placed("n1", incarnation="i1", at=5), placed("n2", incarnation="i2", at=9)
+    both = Look(nodes=nodes, placed=(old, new))
+    ended = Look(nodes=nodes, placed=(placed("n1", incarnation="i1", presence=Presence.EXITED), new))
+
+    assert findings(both, known("n2", incarnation="i2")).known[1].node_id == "n2"
+    assert findings(both, known("n2", incarnation="i2")).leftovers == (), "it ends itself: its reports are refused"
+    assert findings(ended, known("n2", incarnation="i2")).leftovers == (("n1", 1),)
+
+
+def test_a_worker_on_its_way_runs_and_one_that_found_no_place_is_lost():
+    coming = Look(placing=(Placing(id=1, since=3.0),))
+    failed = Look(placing=(Placing(id=1, since=3.0, error="no room"),))
+
+    assert (seen(coming, {}).presence, seen(coming, {}).detail) == (Presence.RUNNING, "Ray is placing it")
+    assert (seen(failed, {}).presence, seen(failed, {}).detail) == (Presence.LOST, "no room")
+
+
+@pytest.mark.parametrize(
+    ("own", "in_use", "given"),
+    [
+        (("0",), set(), ("0",)),
+        (("0",), {"1"}, ("0",)),
+        (("1",), {"1"}, ("0",)),
+        (("0", "1"), {"1"}, ("0", "2")),
+        ((), {"0"}, ()),
+        (("GPU-8f",), {"GPU-8f"}, ("GPU-8f",)),
+    ],
+)
+def test_no_two_processes_of_a_machine_get_one_device(own, in_use, given):
+    assert free_devices(own, frozenset(in_use)) == given
+
+
+def spec(number: int, search: str = "") -> WorkerSpec:
+    query = parse_search(search)
+    return WorkerSpec(id=number, mtoken="", incarnation="i", search_params=search, search=query)
+
+
+def test_the_wish_is_every_active_worker_and_every_one_that_was_refused_and_no_inactive_one():
+    demand = Demand()
+    assert demand.news(0.0) is None, "nothing wanted, nothing to say"
+    demand.placed(spec(1))
+    demand.refused(spec(2), 0.0)
+    demand.refused(spec(3), 0.1)
+    assert len(demand.news(1.0)) == 3
+    demand.told(1.0)
+    assert demand.news(2.0) is None
+
+    demand.refused(spec(4), 15.0)
+    demand.refused(spec(5), 15.1)
+    assert len(demand.news(16.0)) == 3, "tried again: the same two, not two more"
+    demand.told(16.0)
+    demand.placed(spec(4))
+    assert len(demand.news(17.0)) == 3
+    demand.ended(1)
+    assert len(demand.news(18.0)) == 2
+    demand.told(18.0)
+    assert len(demand.news(15.2 + REFUSED_KEPT_S)) == 1
+
+
+def test_a_wish_is_in_rays_words():
+    made = wish(
+        WorkerSpec(
+            id=1,
+            mtoken="",
+            incarnation="",
+            search=parse_search("gpu_name=RTX_4090 gpu_ram>=24 dph_total<0.5"),
+            gpu_ram_gb=24,
+            num_gpus=2,
+        )
+    )
+
+    assert made.bundle == {"GPU": 2, "gpu_ram_gb": 48}
+    assert made.labels == {"gpu_name": "RTX_4090"}
