@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
+import signal
 import struct
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -150,3 +152,95 @@ async def test_the_first_page_says_what_this_is_and_what_it_lacks(
     assert response.content_type == "text/html"
     for words in ("embedded engine", "What it lacks", "Custom nodes", "KSampler", "/object_info", "miniature"):
         assert words in page
+
+
+CACHED = ("4", "5", "6", "7")  # what a second prompt of this kind finds known
+
+
+def with_a_long_end(seed: int, blurs: int = 120) -> dict:
+    """After sampling comes a minute and more of blurring, a second or so each: time to see what runs beside it."""
+    graph = sampled(seed=seed)
+    scaled = {"upscale_method": "bilinear", "width": 768, "height": 768, "crop": "disabled"}
+    graph["20"] = {"class_type": "ImageScale", "inputs": {"image": ["8", 0], **scaled}}
+    for number in range(blurs):
+        graph[str(21 + number)] = {
+            "class_type": "ImageBlur",
+            "inputs": {"image": [str(20 + number), 0], "blur_radius": 14, "sigma": 1.0 + number / 100},
+        }
+    graph["9"]["inputs"]["images"] = [str(20 + blurs), 0]
+    return graph
+
+
+def pixels(engine: RunningEngine, entry: dict) -> np.ndarray:
+    return np.asarray(Image.open(engine.output / entry["outputs"]["9"]["images"][0]["filename"]))
+
+
+def of_prompt(client: Talk, prompt_id: str) -> list[tuple]:
+    """What was told of one prompt: types, nodes and steps in order."""
+    told = [message for message in client.messages if message.get("data", {}).get("prompt_id") == prompt_id]
+    return [(message["type"], message["data"].get("node"), message["data"].get("value")) for message in told]
+
+
+async def running(client: Talk) -> list[str]:
+    return [item[1] for item in (await client.get("/queue"))[1]["queue_running"]]
+
+
+async def test_the_next_prompts_sample_while_the_first_decodes_and_saves(
+    engine: RunningEngine, session: aiohttp.ClientSession
+) -> None:
+    client = await Talk(engine, session, "overlap").listen()
+    client.forget()
+    graphs = [with_a_long_end(11), sampled(seed=12), sampled(seed=13)]
+    first, second, third = [(await client.submit(graph))[1]["prompt_id"] for graph in graphs]
+
+    await client.until("progress", prompt_id=second)
+    beside = await running(client)
+    entry = await client.finish(second)
+    await client.finish(third)
+
+    # The second was sampled, and the third after it, before the first had ended.
+    assert beside[0] == first
+    assert await running(client) == [first]
+    assert not [message for message in of_prompt(client, first) if message[0] == "execution_success"]
+    started = [message["data"]["prompt_id"] for message in client.messages if message["type"] == "execution_start"]
+    assert started == [first, second, third]
+
+    # An interrupt hits the prompt it names.
+    await client.post("/interrupt", {"prompt_id": third})
+    assert await running(client) == [first]
+    await client.post("/interrupt", {"prompt_id": first})
+    stopped = await client.finish(first)
+    assert [kind for kind, _ in stopped["status"]["messages"]][-1] == "execution_interrupted"
+    assert list((await client.get("/history"))[1])[-3:] == [second, third, first]
+
+    # Alone, with nothing cached, the second tells the same in the same order and gives the same picture.
+    await client.post("/free", {"free_memory": True})
+    _, answer = await client.submit(sampled(seed=12))
+    alone = await client.finish(answer["prompt_id"])
+    lone, together = (
+        [one for one in of_prompt(client, each) if one[0] != "progress_state" and one[1] not in CACHED]
+        for each in (answer["prompt_id"], second)
+    )
+    assert lone == together
+    assert ("progress", "3", 6) in lone
+    assert np.array_equal(pixels(engine, alone), pixels(engine, entry))
+    await client.socket.close()
+
+
+async def test_a_killed_render_process_says_which_two_prompts_it_took_along(
+    engine: RunningEngine, session: aiohttp.ClientSession
+) -> None:
+    client = await Talk(engine, session, "both").listen()
+    _, decoding = await client.submit(with_a_long_end(14))
+    _, sampling = await client.submit(sampled(seed=15, steps=10000))
+    await client.until("progress", prompt_id=sampling["prompt_id"])
+
+    os.kill(engine.render_process(), signal.SIGKILL)
+
+    entries = [await client.entry(each["prompt_id"]) for each in (decoding, sampling)]
+    for entry, other in zip(entries, (sampling, decoding), strict=True):
+        kind, failure = entry["status"]["messages"][-1]
+        assert (kind, failure["exception_type"]) == ("execution_error", "comfyfleet.RenderProcessLost")
+        assert "SIGKILL" in failure["exception_message"]
+        assert other["prompt_id"] in failure["exception_message"]
+    await client.socket.close()

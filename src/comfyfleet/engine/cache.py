@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -56,10 +57,11 @@ class Holding:
 
 
 class ResultCache:
-    """Use from one thread. `limit_bytes` bounds what is kept, not what one result may take."""
+    """Safe to use from several threads. `limit_bytes` bounds what is kept, not what one result may take."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
+        self._using = threading.RLock()
         self._results: OrderedDict[str, tuple[Result, Holding]] = OrderedDict()
         self._holders: Counter[str] = Counter()  # how many results hold the shared thing of this name
         self.size_bytes = 0
@@ -71,21 +73,25 @@ class ResultCache:
         """The result, counted as used; None when unknown, dropped, or its files have changed."""
         if signature is None:
             return None
-        entry = self._results.get(signature)
-        if entry is None:
-            return None
-        if not all(file.is_current() for file in entry[0].files):
-            self._drop(signature)
-            return None
-        self._results.move_to_end(signature)
-        return entry[0]
+        with self._using:
+            entry = self._results.get(signature)
+            if entry is None:
+                return None
+            if not all(file.is_current() for file in entry[0].files):
+                self._drop(signature)
+                return None
+            self._results.move_to_end(signature)
+            return entry[0]
 
     def put(self, signature: str | None, result: Result) -> None:
         if signature is None:
             return
+        with self._using:
+            self._put(signature, result, measure(result.outputs))
+
+    def _put(self, signature: str, result: Result, holding: Holding) -> None:
         if signature in self._results:
             self._drop(signature)
-        holding = measure(result.outputs)
         added = holding.own_bytes + sum(size for name, size in holding.shared.items() if name not in self._holders)
         if added > self._limit_bytes:
             return  # it would push everything else out and still not fit
@@ -96,14 +102,16 @@ class ResultCache:
             self._drop(next(iter(self._results)))
 
     def clear(self) -> None:
-        self._results.clear()
-        self._holders.clear()
-        self.size_bytes = 0
+        with self._using:
+            self._results.clear()
+            self._holders.clear()
+            self.size_bytes = 0
 
     def drop_holding_weights(self) -> None:
         """Forget every result that holds a model, so its memory can go."""
-        for signature in [name for name, (_, holding) in self._results.items() if holding.has_weights]:
-            self._drop(signature)
+        with self._using:
+            for signature in [name for name, (_, holding) in self._results.items() if holding.has_weights]:
+                self._drop(signature)
 
     def _drop(self, signature: str) -> None:
         _, holding = self._results.pop(signature)

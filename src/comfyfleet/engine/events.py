@@ -57,6 +57,13 @@ class NodeReused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     ui: Ui | None
 
 
+class SamplingEnded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The run has sampled and will not sample again: what is left is decoding and saving, beside which another may run.
+
+    No client is told; whoever gives out prompts is.
+    """
+
+
 class RunSucceeded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     timestamp_ms: int
 
@@ -88,6 +95,7 @@ Event = (
     | NodeShown
     | NodeFinished
     | NodeReused
+    | SamplingEnded
     | RunSucceeded
     | RunFailed
     | RunInterrupted

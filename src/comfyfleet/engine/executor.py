@@ -1,7 +1,8 @@
 """Runs a checked prompt: takes what is known from the cache, runs the rest in order, tells every step as an event.
 
-One prompt at a time, on the thread that calls `run`. It never raises for what a node did: a failure, an interrupt and
-running out of memory are outcomes. It stops between nodes and wherever a node tells its progress.
+On the thread that calls `run`; two may run at once (`sharing`), the results of each being what they are alone. It never
+raises for what a node did: a failure, an interrupt and running out of memory are outcomes. It stops between nodes and
+wherever a node tells its progress.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from comfyfleet.engine.registry import (
     OutputName,
     Shown,
 )
+from comfyfleet.engine.sharing import InHand, Turns
 from comfyfleet.engine.signature import links_of, signatures
 from comfyfleet.engine.values import DiffusionModel
 from comfyfleet.wire.workflow import is_link
@@ -66,13 +68,17 @@ class Executor:
         self.cache = cache
         self.residency = residency
         self.clock = clock
+        self.in_hand = InHand()
+        self.turns = Turns()
 
     def run(self, job: Job, emit: events.Emit, is_stopped: Callable[[], bool]) -> events.RunOutcome:
         """Run the job's outputs. `is_stopped` is asked before each node and at each step."""
-        try:
-            return _Run(self, job, emit, is_stopped).execute()
-        finally:
-            self.folders.discard_unfinished()
+        run = _Run(self, job, emit, is_stopped)
+        with self.turns.of(run):
+            try:
+                return run.execute()
+            finally:
+                run.folders.discard_unfinished()
 
     def free(self, *, unload_models: bool, drop_results: bool) -> None:
         """Give memory back between prompts."""
@@ -104,7 +110,9 @@ class _Run:
         self._written: list[FileState] = []
         self._waiting_users: Counter[str] = Counter()
         self.node_id = ""
-        self.folders = owner.folders
+        self.folders = owner.folders.for_run()
+        self._to_do_alone: set[str] = set()  # what must be done before another run may start beside this one
+        self._has_sampled = False
         self.prompt = job.graph
         self.extra_pnginfo = job.extra_pnginfo
         self.device = owner.residency.device
@@ -124,6 +132,7 @@ class _Run:
         )
 
     def check_stop(self) -> None:
+        self._owner.turns.give_way(self)
         if self._is_stopped():
             raise Interrupted
 
@@ -150,6 +159,9 @@ class _Run:
             if node_id not in known:
                 for source in self._sources[node_id]:
                     self._waiting_users[source] += 1
+                declaration = self._declaration(graph[node_id]["class_type"])
+                if _samples(declaration) or declaration.is_volatile:
+                    self._to_do_alone.add(node_id)
         self._values = {node_id: value for node_id, value in self._values.items() if self._waiting_users[node_id]}
         while (next_node := plan.next_node()) is not None:
             node_id = self.node_id = next_node
@@ -163,6 +175,7 @@ class _Run:
                     return self._outcome("interrupted", None)
                 self._executed.append(node_id)
                 self._let_go(node_id)
+                self._tell_sampled(node_id)
             plan.finish(node_id)
         self._emit(events.RunSucceeded(timestamp_ms=owner.now_ms()))
         return self._outcome("success", None)
@@ -175,7 +188,11 @@ class _Run:
         try:
             self.check_stop()
             inputs = self._inputs(node_id)
-            result = self._call(class_type, inputs)
+            with self._owner.in_hand.hold(signature, self.check_stop):
+                result = self._owner.cache.get(signature)  # another run may have made it since this one began
+                if result is None:
+                    result = self._call_with_room(class_type, inputs)
+                    self._owner.cache.put(signature, result)
         except Interrupted:
             self._emit(
                 events.RunInterrupted(
@@ -194,11 +211,18 @@ class _Run:
                 self._owner.free(unload_models=True, drop_results=True)
             return failure
         self._keep(node_id, result)
-        self._owner.cache.put(signature, result)
         if result.ui is not None:
             self._emit(events.NodeShown(node=node_id, ui=result.ui))
         self._emit(events.NodeFinished(node=node_id))
         return None
+
+    def _tell_sampled(self, node_id: str) -> None:
+        """After the last node that samples, and the last that sends pictures, which carry no prompt's name."""
+        if node_id in self._to_do_alone:
+            self._to_do_alone.discard(node_id)
+            self._has_sampled |= _samples(self._declaration(self._job.graph[node_id]["class_type"]))
+            if self._has_sampled and not self._to_do_alone:
+                self._emit(events.SamplingEnded())
 
     def _keep(self, node_id: str, result: Result) -> None:
         self._values[node_id] = result.outputs
@@ -223,22 +247,29 @@ class _Run:
             found[name] = self._values[value[0]][value[1]] if is_link(value) else value
         return found
 
+    def _call_with_room(self, class_type: str, inputs: dict[str, Any]) -> Result:
+        """A node that found too little memory beside another run gets all of it, once."""
+        try:
+            return self._call(class_type, inputs)
+        except Interrupted:
+            raise
+        except Exception as error:
+            if not self._owner.turns.is_shared() or describe_error(error)[0] != OUT_OF_MEMORY:
+                raise
+        with self._owner.turns.alone(self, self.check_stop):
+            self._owner.residency.release_all()
+            return self._call(class_type, inputs)
+
     def _call(self, class_type: str, inputs: dict[str, Any]) -> Result:
         node = self._owner.registry[class_type]
-        self._bring_models(node.declaration, inputs)
         self._written = []
-        given = node.function(self, **inputs)
+        with self._owner.residency.using(_computing(node.declaration, inputs), self.check_stop):
+            given = node.function(self, **inputs)
         self._note_models(node.declaration, inputs, given)
         if isinstance(given, Shown):
             ui = {name: list(values) for name, values in given.ui.items()}
             return Result(outputs=given.outputs, ui=ui, files=tuple(self._written))
         return Result(outputs=given, files=tuple(self._written))
-
-    def _bring_models(self, declaration: Declaration, inputs: Mapping[str, Any]) -> None:
-        """A node that takes a model and does not hand one on is about to compute with it."""
-        for name, declared in declaration.inputs.items():
-            if declared.kind in MODEL_KINDS and declared.kind not in declaration.outputs and name in inputs:
-                self._owner.residency.use(_weights(inputs[name]))
 
     def _note_models(self, declaration: Declaration, inputs: Mapping[str, Any], given: Any) -> None:
         """A loader's models are known by their files; one that a loader changed (a LoRA) by both."""
@@ -320,6 +351,21 @@ class _Run:
         except OSError:
             pass  # the file is gone: its node will say so when it runs, and nothing cached can match
         return ""
+
+
+def _samples(declaration: Declaration) -> bool:
+    return "LATENT" in declaration.outputs and any(one.kind == "MODEL" for one in declaration.inputs.values())
+
+
+def _computing(declaration: Declaration, inputs: Mapping[str, Any]) -> list[Any]:
+    """The models that a node computes with: those that it takes and does not hand on."""
+    found = []
+    for name, declared in declaration.inputs.items():
+        if declared.kind in MODEL_KINDS and declared.kind not in declaration.outputs and name in inputs:
+            if isinstance(inputs[name], str | int | float | bool | list | dict):
+                raise TypeError(f"{name} needs a link to a node that gives a {declared.kind}, not a plain value")
+            found.append(_weights(inputs[name]))
+    return found
 
 
 def _weights(model: Any) -> Any:

@@ -6,11 +6,14 @@ complete, so no half-written file ever has its final name.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import string
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -57,7 +60,7 @@ class FolderPaths:
 
 
 class EngineFolders:
-    """The files of one engine. Made once per process; use the writing half from one thread."""
+    """The files of one engine. Made once per process; each run writes through its own `for_run`."""
 
     def __init__(self, paths: FolderPaths, clock: Clock, ids: Ids) -> None:
         self.paths = paths
@@ -65,10 +68,18 @@ class EngineFolders:
         self._last_counter = 0
         self._temp_suffix = "_temp_" + "".join(LETTERS[ids.random_int() % len(LETTERS)] for _ in range(5))
         self._digests: dict[str, str] = {}
-        self._staged = 0
-        self._unfinished: set[str] = set()
+        self._staged = itertools.count(1)
+        self._unfinished: dict[str, str] = {}  # final path by staging path
+        self._naming = threading.Lock()
+        self._reserved: set[str] = set()  # final paths that a run is writing to now
         for folder in (paths.input, paths.output, paths.temp):
             folder.mkdir(parents=True, exist_ok=True)
+
+    def for_run(self) -> EngineFolders:
+        """The same folders for one run, which leaves only its own files unfinished; runs never take the same name."""
+        mine = copy.copy(self)
+        mine._last_counter, mine._unfinished = 0, {}
+        return mine
 
     def sweep(self) -> None:
         """At start: forget what a killed engine had in hand, and empty the temporary folder."""
@@ -161,17 +172,23 @@ class EngineFolders:
         if not folder.resolve().is_relative_to(root.resolve()):
             raise PermissionError(f"saving outside the output folder is not allowed: {prefix}")
         folder.mkdir(parents=True, exist_ok=True)
-        # A batch lists the folder once; its later files go on counting.
-        if batch_number == 0:
-            self._last_counter = next_counter(os.listdir(folder), name, matched)
-        else:
-            self._last_counter += 1
-        filename = file_name(name, self._last_counter, extension, batch_number)
         staging = root / STAGING
         staging.mkdir(exist_ok=True)
-        self._staged += 1
-        staging_path = str(staging / f"{os.getpid()}-{self._staged}.{extension}")
-        self._unfinished.add(staging_path)
+        staging_path = str(staging / f"{os.getpid()}-{next(self._staged)}.{extension}")
+        with self._naming:
+            # A batch lists the folder once; its later files go on counting, past what another run saved meanwhile.
+            if batch_number == 0:
+                counter = next_counter(self._listing(folder), name, matched)
+            else:
+                counter = self._last_counter + 1
+            may_overwrite = batch_number == 0 or matched != len(name) or "%batch_num%" in name
+            while self._is_taken(
+                path := folder / file_name(name, counter, extension, batch_number), may_overwrite=may_overwrite
+            ):
+                counter += 1
+            self._last_counter, filename = counter, path.name
+            self._reserved.add(str(path))
+            self._unfinished[staging_path] = str(path)
         return OutputName(
             staging_path=staging_path,
             path=str(folder / filename),
@@ -180,16 +197,27 @@ class EngineFolders:
             kind=kind,
         )
 
+    def _listing(self, folder: Path) -> list[str]:
+        """What is in a folder, and what is about to be."""
+        return os.listdir(folder) + [os.path.basename(path) for path in self._reserved if Path(path).parent == folder]
+
+    def _is_taken(self, path: Path, *, may_overwrite: bool) -> bool:
+        return str(path) in self._reserved or (not may_overwrite and path.exists())
+
     def commit(self, output: OutputName) -> None:
         """Give a finished staging file its final name, atomically."""
         os.replace(output.staging_path, output.path)
-        self._unfinished.discard(output.staging_path)
+        self._release(output.staging_path)
+
+    def _release(self, staging_path: str) -> None:
+        with self._naming:
+            self._reserved.discard(self._unfinished.pop(staging_path, ""))
 
     def discard_unfinished(self) -> None:
         """Remove what a failed or stopped node left half written."""
-        for path in self._unfinished:
+        for path in list(self._unfinished):
             Path(path).unlink(missing_ok=True)
-        self._unfinished.clear()
+            self._release(path)
 
 
 def _names_below(root: Path, extensions: set[str]) -> Iterator[str]:

@@ -1,17 +1,22 @@
 """Which models are on the device: within a byte budget, the least recently used one moves off first.
 
 Knows nothing of what a model computes; anything with `size_bytes` and `move_to` can be resident. Weights that nobody
-holds any more are forgotten by themselves.
+holds any more are forgotten by themselves. Two runs may share a device: a model that one computes with stays where it
+is, and no model computes for both at once.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import psutil
 import torch
+
+from comfyfleet.engine.sharing import LOOK_S, CheckStop
 
 OFFLOAD_DEVICE = "cpu"
 
@@ -37,6 +42,35 @@ class Residency:
         self._budget_bytes = budget_bytes
         self._resident: dict[int, weakref.ref[Any]] = {}  # by identity, least recently used first
         self._files: dict[int, tuple[weakref.ref[Any], frozenset[str]]] = {}  # by identity
+        self._changed = threading.Condition(threading.RLock())
+        self._in_use: dict[int, Movable] = {}  # by identity
+
+    @contextmanager
+    def using(self, models: Sequence[Movable], check_stop: CheckStop) -> Iterator[None]:
+        """Bring models to the device, and keep them there meanwhile.
+
+        Waits while another run computes with one of them, or with so much that these do not fit beside it.
+        """
+        wanted = {id(model): model for model in models}
+        with self._changed:
+            while self._in_use and not self._fits_beside(wanted):
+                self._changed.wait(LOOK_S)
+                check_stop()
+            self._in_use |= wanted
+        try:
+            with self._changed:
+                for model in wanted.values():
+                    self.use(model)
+            yield
+        finally:
+            with self._changed:
+                for key in wanted:
+                    del self._in_use[key]
+                self._changed.notify_all()
+
+    def _fits_beside(self, wanted: dict[int, Movable]) -> bool:
+        needed = sum(model.size_bytes for model in (*wanted.values(), *self._in_use.values()))
+        return not wanted or (not wanted.keys() & self._in_use.keys() and needed <= self._budget_bytes)
 
     def use(self, model: Movable) -> None:
         """Bring a model to the device, making room for it first."""
@@ -45,6 +79,8 @@ class Residency:
         for key, other in self._living():
             if self.size_bytes <= room:
                 break
+            if key in self._in_use:
+                continue
             other.move_to(OFFLOAD_DEVICE)
             del self._resident[key]
         model.move_to(self.device)
@@ -54,8 +90,9 @@ class Residency:
 
     def came_from(self, model: Any, files: Iterable[str]) -> None:
         """A loader made this model of those files."""
-        self._files = {key: known for key, known in self._files.items() if known[0]() is not None}
-        self._files[id(model)] = (weakref.ref(model), frozenset(files))
+        with self._changed:
+            self._files = {key: known for key, known in self._files.items() if known[0]() is not None}
+            self._files[id(model)] = (weakref.ref(model), frozenset(files))
 
     def files_of(self, model: Any) -> frozenset[str]:
         """Of a model that a loader made; empty for others."""
@@ -64,17 +101,20 @@ class Residency:
 
     def files(self) -> tuple[str, ...]:
         """Files with a model on the device, sorted."""
-        return tuple(sorted({file for _, model in self._living() for file in self.files_of(model)}))
+        with self._changed:
+            return tuple(sorted({file for _, model in self._living() for file in self.files_of(model)}))
 
     @property
     def size_bytes(self) -> int:
         return sum(model.size_bytes for _, model in self._living())
 
     def release_all(self) -> None:
-        """Move everything off the device."""
-        for key, model in self._living():
-            model.move_to(OFFLOAD_DEVICE)
-            del self._resident[key]
+        """Move everything off the device but what is being computed with."""
+        with self._changed:
+            for key, model in self._living():
+                if key not in self._in_use:
+                    model.move_to(OFFLOAD_DEVICE)
+                    del self._resident[key]
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 

@@ -1,7 +1,8 @@
 """`python -m comfyfleet.engine.render SETTINGS_JSON`: the render process. Started by the engine's server only.
 
-Two threads: this one renders; the other reads commands, so that a stop arrives while a node computes, and ends the
-process when the server is gone. What anything prints goes to stderr: stdout belongs to the protocol.
+Two threads render, so that one prompt's decoding and saving pass beside the next one's sampling (the server says what
+runs when). A third reads commands, so that a stop arrives while a node computes, and ends the process when the server
+is gone. What anything prints goes to stderr: stdout belongs to the protocol.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import os
 import queue
 import sys
 import threading
+import traceback
+from collections.abc import Callable
 from typing import BinaryIO
 
 import msgspec
@@ -47,19 +50,25 @@ class Channel:
     def __init__(self, source: BinaryIO, sink: BinaryIO) -> None:
         self._source = source
         self._sink = sink
-        self.waiting: queue.SimpleQueue[Run | Free] = queue.SimpleQueue()
-        self.stopped: set[str] = set()
+        self._telling = threading.Lock()
+        self.waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
+        self.free: Callable[[Free], None] | None = None
+        self.stopped: set[int] = set()
 
     def tell(self, report: Report) -> None:
-        self._sink.write(frame(report))
+        told = frame(report)
+        with self._telling:
+            self._sink.write(told)
 
     def read_commands(self) -> None:
         """For ever. When the server is gone there is nobody to render for: end at once, whatever is being computed."""
         while (command := self._read()) is not None:
             if isinstance(command, Stop):
-                self.stopped.add(command.prompt_id)
-            else:
+                self.stopped.add(command.number)
+            elif isinstance(command, Run):
                 self.waiting.put(command)
+            elif self.free is not None:
+                self.free(command)
         os._exit(0)
 
     def _read(self) -> Command | None:
@@ -72,17 +81,13 @@ class Channel:
 
 
 def serve(channel: Channel, executor: Executor, device: str) -> None:
-    """Render what comes, one at a time, for ever."""
-    declarations = executor.registry.declarations()
-    channel.tell(Ready(declarations=declarations, devices=devices(device), torch_version=str(torch.__version__)))
+    """Render what comes, for ever. Call on two threads; how much runs at a time is the server's to say."""
+    torch.set_grad_enabled(False)  # a thread's own setting
     while True:
         command = channel.waiting.get()
-        if isinstance(command, Free):
-            executor.free(unload_models=command.unload_models, drop_results=command.drop_results)
-            continue
-        prompt_id = command.prompt_id
+        number = command.number
         job = Job(
-            prompt_id=prompt_id,
+            prompt_id=command.prompt_id,
             graph=command.graph,
             outputs=command.outputs,
             extra_pnginfo=command.extra_pnginfo,
@@ -90,11 +95,11 @@ def serve(channel: Channel, executor: Executor, device: str) -> None:
         )
         outcome = executor.run(
             job,
-            lambda event, told=prompt_id: channel.tell(Told(prompt_id=told, event=event)),  # type: ignore[misc]
-            lambda wanted=prompt_id: wanted in channel.stopped,  # type: ignore[misc]
+            lambda event, told=number: channel.tell(Told(number=told, event=event)),  # type: ignore[misc]
+            lambda wanted=number: wanted in channel.stopped,  # type: ignore[misc]
         )
-        channel.stopped.discard(prompt_id)
-        channel.tell(Done(prompt_id=prompt_id, outcome=outcome, devices=devices(device)))
+        channel.stopped.discard(number)
+        channel.tell(Done(number=number, outcome=outcome, devices=devices(device)))
 
 
 def main() -> None:
@@ -110,7 +115,24 @@ def main() -> None:
     # walk torch's half a million objects and hold a prompt up for some tenths of a second.
     gc.collect()
     gc.freeze()
+    channel.free = lambda asked: executor.free(unload_models=asked.unload_models, drop_results=asked.drop_results)
+    threading.Thread(
+        target=_serve_or_end, args=(channel, executor, settings.device), name="render", daemon=True
+    ).start()
+    declarations = executor.registry.declarations()
+    channel.tell(
+        Ready(declarations=declarations, devices=devices(settings.device), torch_version=str(torch.__version__))
+    )
     serve(channel, executor, settings.device)
+
+
+def _serve_or_end(channel: Channel, executor: Executor, device: str) -> None:
+    """A bug that ends one of the threads ends the process: its server must not wait for a run nobody does."""
+    try:
+        serve(channel, executor, device)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 if __name__ == "__main__":

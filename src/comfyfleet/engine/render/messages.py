@@ -16,6 +16,9 @@ LENGTH_BYTES = 4
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """`number` names this run in all that is said of it: two prompts may bring the same id."""
+
+    number: int
     prompt_id: str
     graph: dict[str, Any]
     outputs: list[str]
@@ -24,12 +27,14 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Stop(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Stop this prompt if it is the one that runs."""
+    """Stop this run, if it has not ended."""
 
-    prompt_id: str
+    number: int
 
 
 class Free(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Said only while nothing runs; done before what is said next."""
+
     unload_models: bool
     drop_results: bool
 
@@ -55,12 +60,12 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Told(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    prompt_id: str
+    number: int
     event: Event
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    prompt_id: str
+    number: int
     outcome: RunOutcome
     devices: list[Device]
 

@@ -1,11 +1,13 @@
-"""The engine behind the routes: takes prompts from the queue one by one, has them rendered, tells and remembers.
+"""The engine behind the routes: takes prompts from the queue in order, has them rendered, tells and remembers.
 
-It outlives its render process. When that dies the prompt it rendered fails and says why, the next one goes to a fresh
-process, and what waits goes on waiting.
+The next prompt starts when the one before has nothing left to sample (`lanes`), so decoding and saving cost the sampler
+no time. The engine outlives its render process. When that dies the prompts it had in hand fail and say why, the next
+one goes to a fresh process, and what waits goes on waiting.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import anyio
@@ -14,9 +16,10 @@ import structlog
 from comfyfleet.clock import Clock
 from comfyfleet.engine import events
 from comfyfleet.engine.registry import Declaration
-from comfyfleet.engine.render.messages import Device, Done, Free, Ready, Run, Stop, Told
+from comfyfleet.engine.render.messages import Device, Done, Free, Ready, Report, Run, Stop, Told
 from comfyfleet.engine.render.process import RenderLost, RenderProcess, started
 from comfyfleet.engine.render.setup import RenderSettings
+from comfyfleet.engine.server.lanes import Lanes, Running
 from comfyfleet.engine.server.prompts import History, PromptQueue, PromptRecord, QueuedPrompt
 from comfyfleet.engine.server.sockets import Hub
 from comfyfleet.engine.server.telling import Teller
@@ -45,7 +48,9 @@ class Engine:
         self.torch_version = ""
         self._clock = clock
         self._child: RenderProcess | None = None
-        self._teller: Teller | None = None
+        self._lanes = Lanes()
+        self._numbers = itertools.count(1)
+        self._to_free: Free | None = None
         self._tried_again: set[str] = set()
 
     # The loop
@@ -77,70 +82,94 @@ class Engine:
         self._child = child
         self.ready.set()
         log.info("render.ready", pid=child.pid, nodes=len(self.declarations), torch=self.torch_version)
-        while True:
-            await self._render_next(child, reports)
+        problem: Exception | None = None
+        async with anyio.create_task_group() as both:
 
-    async def _render_next(self, child: RenderProcess, reports: Any) -> None:
-        item = await self._take(child, reports)
+            async def feed() -> None:
+                nonlocal problem
+                try:
+                    await self._feed(child)
+                except Exception as error:
+                    problem = error
+                    both.cancel_scope.cancel()
+
+            both.start_soon(feed, name="feed render process")
+            try:
+                async for report in reports:
+                    self._take_in(report)
+            except Exception as error:
+                problem = error
+            both.cancel_scope.cancel()
+        if problem is not None:
+            self._lose(problem)
+            raise problem
+
+    async def _feed(self, child: RenderProcess) -> None:
+        """For ever: give out prompts as soon as their time has come; free memory when nothing runs."""
+        while True:
+            idle = not self._lanes.all()
+            if self._to_free is not None and idle:
+                asked, self._to_free = self._to_free, None
+                await child.tell(asked)
+            elif self._to_free is None and self._lanes.is_open and (item := self.queue.take_now()) is not None:
+                await self._start(child, item)
+            else:
+                await self.queue.until_arrival()
+
+    async def _start(self, child: RenderProcess, item: QueuedPrompt) -> None:
         record = PromptRecord(item=item)
-        teller = self._teller = Teller(self.hub, record)
+        running = Running(number=next(self._numbers), record=record, teller=Teller(self.hub, record))
+        self._lanes.enter(running)
         self.tell_status()
-        outcome: events.RunOutcome | None = None
-        try:
-            await child.tell(
-                Run(
-                    prompt_id=item.prompt_id,
-                    graph=item.prompt,
-                    outputs=item.outputs,
-                    extra_pnginfo=item.extra_data.get("extra_pnginfo") or {},
-                    wants_previews=self.hub.is_listening(item.client_id),
-                )
+        await child.tell(
+            Run(
+                number=running.number,
+                prompt_id=item.prompt_id,
+                graph=item.prompt,
+                outputs=item.outputs,
+                extra_pnginfo=item.extra_data.get("extra_pnginfo") or {},
+                wants_previews=self.hub.is_listening(item.client_id),
             )
-            async for report in reports:
-                if isinstance(report, Told):
-                    teller.tell(report.event)
-                elif isinstance(report, Done):
-                    outcome, self.devices = report.outcome, report.devices
-                    break
-        except RenderLost as lost:
-            if not record.messages and item.prompt_id not in self._tried_again:
+        )
+
+    def _take_in(self, report: Report) -> None:
+        """What the render process says of a run."""
+        if isinstance(report, Done):
+            self.devices = report.devices
+            if (ended := self._lanes.leave(report.number)) is not None:
+                self._finish(ended.record, report.outcome)
+        elif isinstance(report, Told):
+            if isinstance(report.event, events.SamplingEnded):
+                self._lanes.sampled(report.number)
+            elif (running := self._lanes.get(report.number)) is not None:
+                running.teller.tell(report.event)
+                return
+        self.queue.stir()
+
+    def _lose(self, problem: Exception) -> None:
+        """The render process is gone, or a bug of ours ends it: no prompt may run for ever."""
+        begun = [running for running in self._lanes.all() if running.record.messages]
+        for running in self._lanes.all():
+            self._lanes.leave(running.number)
+            item = running.record.item
+            if not isinstance(problem, RenderLost):
+                failure = self._failed(running, BUG_TYPE, f"the engine failed: {problem!r}\n")
+            elif running in begun or item.prompt_id in self._tried_again:
+                failure = self._failed(running, LOST_TYPE, _loss(problem, running, begun))
+            else:
                 self._try_again(item)
-                raise
-            teller.tell(self._failed(item, teller, LOST_TYPE, f"{lost.reason}; the next prompt gets a fresh process\n"))
-            self._finish(record, None)
-            raise
-        except Exception as error:
-            # A bug of ours must not leave a prompt that runs for ever: it fails, and `run` starts afresh.
-            teller.tell(self._failed(item, teller, BUG_TYPE, f"the engine failed: {error!r}\n"))
-            self._finish(record, None)
-            raise
-        self._finish(record, outcome)
+                continue
+            running.teller.tell(failure)
+            self._finish(running.record, None)
 
     def _try_again(self, item: QueuedPrompt) -> None:
         """The process died before it began with this prompt, so it is not to blame: once more."""
         self._tried_again.add(item.prompt_id)
-        self.queue.running = None
+        self.queue.ended(item)
         self.queue.put(item)
 
-    async def _take(self, child: RenderProcess, reports: Any) -> QueuedPrompt:
-        """The next prompt; raises RenderLost when the child dies while nothing runs."""
-        taken: QueuedPrompt | None = None
-        async with anyio.create_task_group() as waiting:
-
-            async def watch() -> None:
-                await child.exited()
-                waiting.cancel_scope.cancel()
-
-            waiting.start_soon(watch, name="watch render process")
-            taken = await self.queue.take()
-            waiting.cancel_scope.cancel()
-        if taken is None:
-            await anext(reports)  # says how it ended
-            raise RuntimeError("the render process spoke although nothing runs")
-        return taken
-
-    def _failed(self, item: QueuedPrompt, teller: Teller, kind: str, message: str) -> events.RunFailed:
-        node = teller.current_node
+    def _failed(self, running: Running, kind: str, message: str) -> events.RunFailed:
+        node, item = running.teller.current_node, running.record.item
         return events.RunFailed(
             node_id=node or "",
             node_type=item.prompt[node]["class_type"] if node else "",
@@ -163,8 +192,7 @@ class Engine:
         )
         self.history.add(item.prompt_id, entry)
         self._tried_again.discard(item.prompt_id)
-        self.queue.running = None
-        self._teller = None
+        self.queue.ended(item)
         self.tell_status()
         if item.client_id is not None:
             self.hub.send("executing", {"node": None, "prompt_id": item.prompt_id}, item.client_id)
@@ -178,20 +206,26 @@ class Engine:
         return {"exec_info": {"queue_remaining": self.queue.remaining}}
 
     def current_node(self, client_id: str) -> str | None:
-        """The node that runs now, if this client's prompt does."""
-        running = self.queue.running
-        if running is None or running.client_id != client_id or self._teller is None:
-            return None
-        return self._teller.current_node
+        """The node that runs now for this client; of two prompts, the one that was started last."""
+        mine = [running for running in self._lanes.all() if running.record.item.client_id == client_id]
+        return mine[-1].teller.current_node if mine else None
 
     async def interrupt(self, prompt_id: str | None) -> None:
-        """Stop what runs, or only if it is this prompt."""
-        running = self.queue.running
-        if running is None or self._child is None or prompt_id not in (None, running.prompt_id):
-            return
-        await self._child.tell(Stop(prompt_id=running.prompt_id))
+        """Stop whatever runs, or only this prompt."""
+        for running in self._lanes.all():
+            if self._child is not None and prompt_id in (None, running.record.item.prompt_id):
+                await self._child.tell(Stop(number=running.number))
 
     async def free(self, *, unload_models: bool, free_memory: bool) -> None:
-        """After what runs now: unload models, and drop results with `free_memory`."""
-        if self._child is not None and (unload_models or free_memory):
-            await self._child.tell(Free(unload_models=unload_models or free_memory, drop_results=free_memory))
+        """Unload models, and drop results with `free_memory`: now, or after what runs now and before what waits."""
+        if unload_models or free_memory:
+            drop = free_memory or (self._to_free is not None and self._to_free.drop_results)
+            self._to_free = Free(unload_models=True, drop_results=drop)
+            self.queue.stir()
+
+
+def _loss(lost: RenderLost, running: Running, begun: list[Running]) -> str:
+    """What a prompt's client is told of the process's end; nobody can say which of two prompts caused it."""
+    others = [other.record.item.prompt_id for other in begun if other is not running]
+    beside = f" (it ended prompt {others[0]} too, which it had in hand beside this one)" if others else ""
+    return f"{lost.reason}{beside}; the next prompt gets a fresh process\n"

@@ -47,7 +47,7 @@ class PromptQueue:
         self._arrivals = itertools.count()
         self._counter = 0
         self._arrived = anyio.Event()
-        self.running: QueuedPrompt | None = None
+        self.running: list[QueuedPrompt] = []  # in the order in which they were taken
 
     def next_number(self, *, front: bool) -> int:
         """The number of a prompt that brings none; it goes on counting even when the prompt is then refused."""
@@ -60,12 +60,30 @@ class PromptQueue:
         self._arrived.set()
 
     async def take(self) -> QueuedPrompt:
-        """Wait for the next prompt; it is `running` from now on."""
-        while not self._heap:
-            self._arrived = anyio.Event()
-            await self._arrived.wait()
-        self.running = heapq.heappop(self._heap)[2]
-        return self.running
+        """Wait for the next prompt; it is `running` from now on, until `ended`."""
+        while (item := self.take_now()) is None:
+            await self.until_arrival()
+        return item
+
+    def take_now(self) -> QueuedPrompt | None:
+        """The next prompt, if one waits."""
+        if not self._heap:
+            return None
+        item = heapq.heappop(self._heap)[2]
+        self.running.append(item)
+        return item
+
+    async def until_arrival(self) -> None:
+        """Wait for a prompt to come, or for `stir`."""
+        self._arrived = anyio.Event()
+        await self._arrived.wait()
+
+    def stir(self) -> None:
+        """Wake whoever waits for a prompt: something else changed."""
+        self._arrived.set()
+
+    def ended(self, item: QueuedPrompt) -> None:
+        self.running = [other for other in self.running if other is not item]
 
     def delete(self, prompt_ids: Collection[str]) -> bool:
         """Forget those that wait; True when there was one."""
@@ -85,7 +103,7 @@ class PromptQueue:
 
     @property
     def remaining(self) -> int:
-        return len(self._heap) + (self.running is not None)
+        return len(self._heap) + len(self.running)
 
 
 @dataclass(kw_only=True)

@@ -53,8 +53,8 @@ async def get_prompt(request: Request) -> Response:
 
 async def get_queue(request: Request) -> Response:
     queue = engine_of(request).queue
-    running = [queue.running.listed()] if queue.running is not None else []
-    return json_answer({"queue_running": running, "queue_pending": [item.listed() for item in queue.pending()]})
+    running, pending = [[item.listed() for item in items] for items in (queue.running, queue.pending())]
+    return json_answer({"queue_running": running, "queue_pending": pending})
 
 
 async def post_queue(request: Request) -> Response:
