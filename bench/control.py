@@ -1,4 +1,8 @@
-"""Durable jobs at scale: submit, lease and restart with 100,000 jobs waiting. A real process over real HTTP."""
+"""Durable jobs at scale: submit, lease and restart with 100,000 jobs waiting. A real process over real HTTP.
+
+On a machine that does other things too, the server's CPU time per submit says what the rate would be: 0.5 ms are 2,000
+a second on a core.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from bench._http_load import drive
 from bench.figure import Figure
 from comfyfleet.control.jobs import Lease
 from comfyfleet.control.store.store import open_sqlite
@@ -48,13 +55,13 @@ def _measure(folder: Path) -> list[Figure]:
             key = (folder / "admin.key").read_text().strip()
             _call(base, key, "/api/v0/endptjobs/", {"endpoint_name": "bench", "cold_workers": 0})
             _fill(base, key, WAITING)
-            submitted, p99_ms = asyncio.run(_submit(port, key))
+            submitted, p99_ms, cpu_ms = _submit(process, port, key)
             process.send_signal(signal.SIGKILL)
             process.wait()
             process, ready_s = _start(folder, listener, base)
             process.terminate()
             process.wait()
-            lease_ms = asyncio.run(_lease(folder))
+            lease_ms, bare_lease_ms = asyncio.run(_lease(folder))
         finally:
             if process.poll() is None:
                 process.kill()
@@ -68,8 +75,16 @@ def _measure(folder: Path) -> list[Figure]:
             better="higher",
             baseline=_bare_commits(folder),
         ),
+        Figure(name="durable submit, the server's CPU", value=cpu_ms, unit="ms", goal=0.5, better="lower"),
         Figure(name="durable submit p99", value=p99_ms, unit="ms", goal=None, better="lower"),
-        Figure(name="lease p99, 100,000 waiting", value=lease_ms, unit="ms", goal=5, better="lower"),
+        Figure(
+            name="lease p99, 100,000 waiting",
+            value=lease_ms,
+            unit="ms",
+            goal=5,
+            better="lower",
+            baseline=bare_lease_ms,
+        ),
         Figure(name="restart with 100,000 jobs", value=ready_s, unit="s", goal=3, better="lower"),
     ]
 
@@ -111,40 +126,30 @@ def _fill(base: str, key: str, count: int) -> None:
         _call(base, key, "/v1/jobs/batch", {"jobs": [job] * 1000})
 
 
-async def _submit(port: int, key: str) -> tuple[float, float]:
-    """(jobs accepted per second, p99 in ms) of callers that each wait for their answer before the next."""
+def _submit(process: subprocess.Popen[bytes], port: int, key: str) -> tuple[float, float, float]:
+    """(jobs accepted per second, p99 in ms, ms of the server's CPU per job) with callers that wait for each answer."""
     body = json.dumps({"endpoint": "bench", "input": {"workflow_json": GRAPH}}).encode()
-    head = (
+    message = (
         f"POST /v1/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {key}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    ).encode()
-    message, took = head + body, []
-    until = time.perf_counter() + SUBMIT_FOR_S
-
-    async def caller() -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        while time.perf_counter() < until:
-            began = time.perf_counter()
-            writer.write(message)
-            headers = await reader.readuntil(b"\r\n\r\n")
-            assert headers.startswith(b"HTTP/1.1 202"), headers
-            length = int(headers.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
-            await reader.readexactly(length)
-            took.append(time.perf_counter() - began)
-        writer.close()
-
-    began = time.perf_counter()
-    async with asyncio.TaskGroup() as callers:
-        for _ in range(CALLERS):
-            callers.create_task(caller())
-    elapsed = time.perf_counter() - began
-    return len(took) / elapsed, sorted(took)[int(len(took) * 0.99)] * 1000
+    ).encode() + body
+    server = psutil.Process(process.pid)
+    before = server.cpu_times()
+    rate, latencies = drive(port, lambda _: message, connections=CALLERS, seconds=SUBMIT_FOR_S, status=b"202")
+    after = server.cpu_times()
+    cpu_s = after.user - before.user + after.system - before.system
+    return rate, sorted(latencies)[int(len(latencies) * 0.99)] * 1000, cpu_s * 1000 / len(latencies)
 
 
-async def _lease(folder: Path) -> float:
-    """p99 in ms of finding the next job and leasing it, durably, as the dispatcher does."""
+async def _lease(folder: Path) -> tuple[float, float]:
+    """p99 in ms of finding the next job and leasing it, durably, as the dispatcher does; and of a bare commit between.
+
+    The bare one is a row inserted into another file: what the disk takes at that moment.
+    """
     store = open_sqlite(folder / "control.sqlite3")
-    took = []
+    raw = sqlite3.connect(folder / "bare-lease.sqlite3", isolation_level=None)
+    raw.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; CREATE TABLE job (id INTEGER, body TEXT)")
+    took, bare = [], []
     for number in range(LEASES):
         began = time.perf_counter()
         head = await store.head(1, "admin", 1e12)
@@ -160,8 +165,12 @@ async def _lease(folder: Path) -> float:
         )
         assert await store.lease(lease) is not None
         took.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        raw.execute("INSERT INTO job VALUES (?, ?)", (number, "x" * 2000))
+        bare.append(time.perf_counter() - began)
+    raw.close()
     await store.close()
-    return sorted(took)[int(LEASES * 0.99)] * 1000
+    return sorted(took)[int(LEASES * 0.99)] * 1000, sorted(bare)[int(LEASES * 0.99)] * 1000
 
 
 def _bare_commits(folder: Path) -> float:
