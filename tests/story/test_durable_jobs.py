@@ -7,6 +7,7 @@ import hmac
 import json
 import threading
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -163,8 +164,18 @@ def test_a_deadline_that_passes_in_the_queue_fails_the_job_without_a_render(worl
 
 def test_the_end_is_told_once_and_signed_and_no_secret_is_shown(world, receiver):
     url = f"http://127.0.0.1:{receiver.server_address[1]}/hook?token=abc"
-    job_id = world.submit(13, webhook={"url": url, "secret": "sesame", "extra_params": {"user": 1}})
-    world.until(job_id)
+    given = {
+        "workflow_json": a_graph(13),
+        "credentials": [{"url_prefix": "http://127.0.0.1:1/", "headers": {"X-Key": "sesame"}}],
+        "expires_s": 1,
+    }
+    hook = {"url": url, "secret": "sesame", "extra_params": {"user": 1}}
+    _, accepted = world.plane.call("POST", "/v1/jobs", {"endpoint": "comfy", "input": given, "webhook": hook})
+    job_id = accepted["id"]
+    (output,) = world.until(job_id)["result"]["output"]
+    assert output["url_expires_at"] > time.time() + 30  # signed again for this reading
+    with urllib.request.urlopen(output["url"], timeout=60) as file:
+        assert file.read(4) == b"\x89PNG"
     until = time.monotonic() + 60
     while not receiver.heard and time.monotonic() < until:
         time.sleep(0.05)

@@ -59,6 +59,7 @@ class JobSecrets(msgspec.Struct, frozen=True, kw_only=True):
 
     s3: dict[str, Any] = {}
     webhook: WebhookTarget = WebhookTarget()
+    input: str = ""  # the whole input, where it carries headers for what it names
 
 
 class Admission:
@@ -114,9 +115,11 @@ class Admission:
         check_receiver(webhook, self._operator, self._fetcher, field="webhook.url")
         shape, models = _checked_work(given)
         key = request.idempotency_key or str(given.get("request_id", ""))
-        secrets = JobSecrets(s3=s3, webhook=webhook)
+        text = msgspec.json.encode(given).decode()
+        carries_headers = bool(given.get("credentials")) or '"headers"' in text
+        secrets = JobSecrets(s3=s3, webhook=webhook, input=text if carries_headers else "")
         sealed = ""
-        if s3 or webhook.url:
+        if s3 or webhook.url or carries_headers:
             sealed = self._vault.seal(msgspec.json.encode(secrets).decode(), SEALED)
         learned = self._learned.cost(endpoint.id, shape) if shape else None
         return Job(
@@ -129,7 +132,7 @@ class Admission:
             rank=rank(now, request.priority),
             created_at=now,
             not_before=0.0,
-            input=msgspec.json.encode(given).decode(),
+            input="{}" if carries_headers else text,
             digest=content_digest([endpoint.id, given, s3, msgspec.structs.asdict(webhook), request.metadata]),
             deadline_at=None if request.deadline_s is None else now + request.deadline_s,
             idempotency_key=key or None,

@@ -37,6 +37,7 @@ from comfyfleet.control.fleet.base import FleetProvider
 from comfyfleet.control.fleet.local import LocalFleet, LocalSettings
 from comfyfleet.control.fleet.ray import ray_fleet
 from comfyfleet.control.forwarding import App
+from comfyfleet.control.fresh_links import FreshLinks
 from comfyfleet.control.keys import ADMIN_PREFIX, Keyring, Vault, secret_file
 from comfyfleet.control.logbook import Logbook
 from comfyfleet.control.management import Management
@@ -76,6 +77,7 @@ class Control:
     routing: RoutingPlane
     durable: DurablePlane
     files: Starlette
+    links: FreshLinks
     sharing: Sharing | None  # where other control planes may share the database
     admin_key: str
     admin_key_is_new: bool
@@ -97,6 +99,7 @@ async def open_control(
         await agree_on_secrets(settings, store, master, clock, ids)
     admin_key, _ = secret_file(folder / "admin.key", ids.token(ADMIN_PREFIX).encode())
     files_key = load_or_create_key(folder / "files.key")
+    signer = UrlSigner(files_key, clock)
     catalog = Catalog(
         await store.all(Endpoint), await store.all(Workergroup), [*built_in_templates(), *await store.all(Template)]
     )
@@ -154,7 +157,8 @@ async def open_control(
             authority=CertificateAuthority.open(folder, clock),
             routing=routing,
             durable=durable,
-            files=files_app(folder / "output", UrlSigner(files_key, clock)),
+            files=files_app(folder / "output", signer),
+            links=FreshLinks(folder / "output", signer, clock),
             sharing=sharing,
             admin_key=admin_key.decode(),
             admin_key_is_new=is_new,
@@ -249,6 +253,7 @@ def build(control: Control) -> ASGIApp:
         desk=control.routing.desk,
         metrics=control.metrics,
         caller=caller,
+        links=control.links,
         base_url=control.settings.public_url,
     )
     api.include_router(jobs.router())

@@ -117,12 +117,13 @@ class JobRun:
 
     def _payload(self) -> bytes:
         """The input as the worker gets it: secrets put back, our id as its request_id, the webhook left out."""
-        given = msgspec.json.decode(self._job.input, type=dict[str, msgspec.Raw])
-        given["request_id"] = msgspec.Raw(msgspec.json.encode(self._job.id))
+        secrets = JobSecrets()
         if self._job.sealed:
             secrets = msgspec.json.decode(self._vault.open(self._job.sealed, SEALED), type=JobSecrets)
-            if secrets.s3:
-                given["s3"] = msgspec.Raw(msgspec.json.encode(secrets.s3))
+        given = msgspec.json.decode(secrets.input or self._job.input, type=dict[str, msgspec.Raw])
+        given["request_id"] = msgspec.Raw(msgspec.json.encode(self._job.id))
+        if secrets.s3:
+            given["s3"] = msgspec.Raw(msgspec.json.encode(secrets.s3))
         if self._job.deadline_at is not None:
             left_s = max(1.0, self._job.deadline_at - self._clock.now())
             given["deadline_s"] = msgspec.Raw(msgspec.json.encode(left_s))

@@ -1,7 +1,7 @@
 """Durable jobs as values: what is stored of one, what is waiting, what happened to it. No I/O.
 
-`Job.input` never holds a secret: what a request names of them (S3 keys, a webhook's secret) is sealed apart and put
-back only into the copy that a worker gets. `rank` orders waiting jobs of one scope: a smaller one goes first.
+`Job.input` never holds a secret: what a request names of them (S3 keys, a webhook's secret, headers) is sealed apart
+and put back only into the copy that a worker gets. `rank` orders waiting jobs of one scope: a smaller one goes first.
 """
 
 from __future__ import annotations

@@ -113,6 +113,17 @@ async def test_the_worker_gets_the_callers_s3_keys_and_never_the_webhook(tmp_pat
     assert "webhook" not in payload
 
 
+async def test_an_input_that_was_sealed_whole_reaches_the_worker_whole(tmp_path):
+    given = {"workflow_json": {}, "credentials": [{"url_prefix": "http://a", "headers": {"X-Key": "x"}}]}
+    sealed = VAULT.seal(msgspec.json.encode(JobSecrets(input=msgspec.json.encode(given).decode())).decode(), SEALED)
+    async with HttpWorker() as worker, Leased(tmp_path, worker, sealed=sealed, input="{}") as leased:
+        worker.answers["/generate"] = (200, DONE, {})
+
+        await leased.run.run(worker.ticket())
+
+    assert worker.heard[0][1]["payload"]["input"] == {**given, "request_id": "j"}
+
+
 async def test_a_busy_worker_gives_the_job_back_for_as_long_as_it_said(tmp_path):
     async with HttpWorker() as worker, Leased(tmp_path, worker) as leased:
         refusal = {"status": "failed", "message": "full", "error": {"code": "queue_full", "message": "full"}}

@@ -22,6 +22,7 @@ from comfyfleet.control.auth import JOBS, Principal
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.desk import Desk
 from comfyfleet.control.durable import DurablePlane
+from comfyfleet.control.fresh_links import FreshLinks
 from comfyfleet.control.jobs import Job, JobEvent, JobFilter
 from comfyfleet.control.metrics import Metrics
 from comfyfleet.control.store.base import Added, Store
@@ -53,8 +54,10 @@ class JobApi:
         desk: Desk,
         metrics: Metrics,
         caller: Caller,
+        links: FreshLinks,
         base_url: str,
     ) -> None:
+        self._links = links
         self._plane = plane
         self._store = store
         self._catalog = catalog
@@ -107,7 +110,7 @@ class JobApi:
         return added
 
     def _accepted(self, request: Request, added: Added) -> dict[str, Any]:
-        return {"id": added.job.id, "status": str(added.job.status), **self._links(request, added.job.id)}
+        return {"id": added.job.id, "status": str(added.job.status), **self._urls(request, added.job.id)}
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
@@ -180,7 +183,7 @@ class JobApi:
         if event.kind in _FINAL_KINDS:
             job = await self._store.job(event.job_id)
             if job is not None and job.result is not None:
-                body["result"] = msgspec.Raw(job.result.encode())
+                body["result"] = self._links.result(job)
             if data:
                 body["error"] = data
         else:
@@ -237,12 +240,12 @@ class JobApi:
             "lost_workers": sorted(job.lost_on),
             "cancel_requested": bool(job.cancel_requested),
             "metadata": msgspec.Raw(job.metadata.encode()),
-            "result": msgspec.Raw(job.result.encode()) if job.result else None,
+            "result": self._links.result(job),
             "error": msgspec.Raw(job.error.encode()) if job.error else None,
-            **self._links(request, job.id),
+            **self._urls(request, job.id),
         }
 
-    def _links(self, request: Request, job_id: str) -> dict[str, str]:
+    def _urls(self, request: Request, job_id: str) -> dict[str, str]:
         base = f"{self._base_url or _base_url(request)}/v1/jobs/{job_id}"
         return {"status_url": base, "events_url": f"{base}/events", "cancel_url": f"{base}/cancel"}
 
