@@ -10,6 +10,7 @@ import urllib.request
 import pytest
 
 from support.control_plane import ControlPlane
+from support.fleet_world import a_graph
 from support.played_worker import PlayedWorker
 from support.public_worker import PublicWorker
 from support.vastai import run_vastai
@@ -123,6 +124,22 @@ def test_the_public_client_and_the_public_worker_work_through_our_control_plane(
 
     assert [answer["ok"] for answer in result] == [True] * 3
     assert len({answer["request_idx"] for answer in result}) == 3
+
+
+def test_a_durable_job_is_done_by_the_public_worker(plane, worker):
+    before = worker.model.jobs
+    status, job = plane.call("POST", "/v1/jobs", {"endpoint": "public", "input": {"workflow_json": a_graph(1)}})
+    assert status == 202, job
+    until(
+        lambda: plane.call("GET", f"/v1/jobs/{job['id']}")[1]["status"] in ("completed", "failed"),
+        time.monotonic(),
+        60,
+    )
+    _, done = plane.call("GET", f"/v1/jobs/{job['id']}")
+
+    assert (done["status"], done["attempts"], done["worker_id"]) == ("completed", 1, worker.id)
+    assert done["result"] == {"job": before + 1, "status": "completed"}
+    assert worker.model.jobs == before + 1
 
 
 def test_checklist_11_a_request_sent_while_nothing_exists_ends_well_once_a_worker_is_ready(plane):

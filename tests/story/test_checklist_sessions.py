@@ -1,7 +1,10 @@
-"""Statements 45 to 50: sessions of the real client with our worker."""
+"""Statements 45 to 50, and 59: sessions, and a rolling update under load, of the real client with our workers."""
 
 from __future__ import annotations
 
+import json
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 
 from support.fleet_world import FleetWorld, a_graph, asked
 from support.http_calls import post_json
+from support.vastai import run_vastai
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
@@ -143,3 +147,61 @@ for target in ["http://127.0.0.1:9/x", "http://169.254.169.254/latest", "http://
     assert bare == 401
     assert "error" in body
     assert "opened" not in refused
+
+
+def lives(world: FleetWorld) -> dict[str, int]:
+    """Worker id -> the pid of its present process."""
+    found = {}
+    for path in (world.plane.folder / "workers").glob("*/local.json"):
+        try:
+            found[path.parent.name] = json.loads(path.read_text())["pid"]
+        except (OSError, ValueError):  # just being written
+            continue
+    return found
+
+
+def test_checklist_59_during_a_rolling_update_of_busy_workers_no_request_fails(world: FleetWorld) -> None:
+    group = world.plane.call("GET", "/api/v0/workergroups/")[1]["results"][0]["id"]
+    before, stop = lives(world), world.folder / "stop-callers"
+    answers: list[Any] = []
+    callers = threading.Thread(
+        target=lambda: answers.extend(
+            asked(
+                world,
+                """
+                import itertools, os
+                numbers, RESULT = itertools.count(), []
+
+                async def caller():
+                    while not os.path.exists(STOP):
+                        number, graph = next(numbers), json.loads(json.dumps(GRAPH))
+                        name = graph["2"]["inputs"]["filename_prefix"] = f"rolling{number}"
+                        graph["1"]["inputs"]["color"] = number
+                        answer = await endpoint.request("/generate/sync", {"input": {"workflow_json": graph}})
+                        RESULT.append([answer["ok"], answer["status"], answer["url"], name, answer["text"][:300]])
+
+                await asyncio.gather(*(caller() for _ in range(4)))
+                """,
+                STOP=str(stop),
+                GRAPH=a_graph(70, sleep_s=0.2),
+            )
+        )
+    )
+    callers.start()
+    try:
+        update = "RESULT = VastAI(KEY, server_url=BASE).update_workers(GROUP)"
+        asked_for = run_vastai(update, base=world.plane.base, key=world.plane.key, GROUP=group)
+        until = time.monotonic() + 120
+        while len(before.items() & lives(world).items()) or len(lives(world)) < 2:
+            assert time.monotonic() < until, world.plane.log[-3000:]
+            time.sleep(0.2)
+        world.until_ready()
+    finally:
+        stop.touch()
+        callers.join(120)
+
+    assert (asked_for["success"], asked_for["workers_to_update"]) == (True, 2)
+    assert [answer for answer in answers if not answer[0]] == []
+    assert len(answers) > 4
+    made = [path.name for path in (world.plane.folder / "workers").glob("*/engine/output-*/rolling*.png")]
+    assert len(made) == len(set(made)) == len(answers), "one render for each request"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import aiohttp
+import anyio
 import msgspec
 from aiohttp import web
 
@@ -17,11 +18,13 @@ class HttpWorker:
         self.answers: dict[str, tuple[int, object, dict[str, str]]] = {}
         self.scripts: dict[str, list[tuple[int, object, dict[str, str]]]] = {}
         self.heard: list[tuple[str, dict]] = []
+        self.held: set[str] = set()  # paths whose calls get no answer
+        self._news = anyio.Event()
 
     async def __aenter__(self):
         app = web.Application()
         app.router.add_route("*", "/{tail:.*}", self._answer)
-        self.runner = web.AppRunner(app)
+        self.runner = web.AppRunner(app, handler_cancellation=True)
         await self.runner.setup()
         site = web.TCPSite(self.runner, "127.0.0.1", 0)
         await site.start()
@@ -36,6 +39,10 @@ class HttpWorker:
 
     async def _answer(self, request):
         self.heard.append((request.path, msgspec.json.decode(await request.read())))
+        self._news.set()
+        self._news = anyio.Event()
+        if request.path in self.held:
+            await anyio.sleep_forever()
         script = self.scripts.get(request.path)
         answer = script.pop(0) if script else self.answers.get(request.path, (404, "404: Not Found", {}))
         status, body, headers = answer
@@ -49,6 +56,11 @@ class HttpWorker:
         if isinstance(body, str):
             return web.Response(status=status, text=body, headers=headers)
         return web.json_response(body, status=status, headers=headers)
+
+    async def asked(self, path: str) -> None:
+        """Returns once this path was called."""
+        while path not in [heard for heard, _ in self.heard]:
+            await self._news.wait()
 
     def ticket(self) -> RouteReady:
         return RouteReady(

@@ -24,7 +24,7 @@ from comfyfleet.control.targets import (
     total_target,
     workers_for,
 )
-from comfyfleet.control.updates import update_actions
+from comfyfleet.control.updates import called_off, update_actions
 from comfyfleet.control.waiting_reasons import waiting_reason
 from comfyfleet.control.worker_states import ACTIVE, BOOTING, WorkerState
 
@@ -154,6 +154,8 @@ def _steps(frame: Frame, *, is_hard: bool) -> tuple[list[Action], str]:
         return [Action(verb=Verb.KEEP, group_id=worker.group_id, worker_id=worker.id) for worker in kept], "it is back"
     if repairs := _repairs(frame):
         return repairs, "it failed"
+    if kept_as_they_are := called_off(inputs):
+        return kept_as_they_are, "the update is called off"
     if updates := update_actions(inputs):
         return updates, "a newer version of the workergroup is rolled out"
     if surplus := _over_cap(frame):

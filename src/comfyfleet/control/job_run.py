@@ -22,7 +22,15 @@ from comfyfleet.control.keys import Vault
 from comfyfleet.control.leases import GIVEN_BACK_S, LEASE_S, LOST_AFTER_S, RENEW_EVERY_S, Fate, Silence, fate
 from comfyfleet.control.store.base import Store
 from comfyfleet.control.store.connection import ConnectionLost
-from comfyfleet.control.worker_calls import Ended, News, Refused, Taken, Unreachable, WorkerCalls
+from comfyfleet.control.worker_calls import (
+    Ended,
+    News,
+    OnlySynchronous,
+    Refused,
+    Taken,
+    Unreachable,
+    WorkerCalls,
+)
 from comfyfleet.control.workers import Workers
 from comfyfleet.wire.jobs import JobStatus
 from comfyfleet.wire.routing import RouteReady
@@ -32,6 +40,9 @@ log = structlog.get_logger()
 PROGRESS_EVERY_S = 0.5
 SAVE_AT_MOST_S = 60.0
 _RECONNECT_S = 0.5
+# A public PyWorker answers 500 for whatever went wrong, a broken workflow included: tried again, but not for ever.
+_SYNCHRONOUS_TRIES = 3
+_BUSY = frozenset({408, 425, 429, 503})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +93,7 @@ class JobRun:
         self._heard_at = clock.now()
         self._told_at = 0.0
         self._began_at = 0.0
+        self._is_synchronous = False
 
     async def run(self, ticket: RouteReady | None) -> RunOutcome:
         """ticket: to start the job with; None for one that a worker has already (after our restart)."""
@@ -95,7 +107,7 @@ class JobRun:
         return outcome or RunOutcome(job=self._job, status=None, reason="the lease was lost")
 
     async def _work(self, ticket: RouteReady | None) -> RunOutcome:
-        started: Taken | Ended | Refused | None = Taken() if ticket is None else None
+        started: Taken | OnlySynchronous | Ended | Refused | None = Taken() if ticket is None else None
         while True:
             try:
                 if started is None and ticket is not None:
@@ -103,6 +115,8 @@ class JobRun:
                         await self._clock.sleep(_RECONNECT_S)
                     started = await self._calls.start(ticket, self._payload())
                     self._heard_at = self._clock.now()
+                    if isinstance(started, OnlySynchronous):
+                        started = await self._wait_for(ticket)
                 if isinstance(started, Ended):
                     return await self._ended(started)
                 if isinstance(started, Refused):
@@ -114,6 +128,43 @@ class JobRun:
                 # It may have arrived: from here on ask for it, and only a plain "no such job" hands it over again.
                 started = Taken()
                 await self._clock.sleep(_RECONNECT_S)
+
+    async def _wait_for(self, ticket: RouteReady) -> Ended | Refused:
+        """By a worker whose connection is the job: hung up on when the job is cancelled or the worker is lost."""
+        if not await self._began():
+            raise Unreachable("the lease was lost")
+        found: Ended | Refused | Unreachable = Unreachable("its worker is gone")
+        self._is_synchronous = True
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._watch_synchronous, group.cancel_scope, name="watch")
+            try:
+                found = await self._calls.wait_for(ticket, self._payload())
+            except Unreachable as error:
+                found = error
+            group.cancel_scope.cancel()
+        if isinstance(found, Unreachable):
+            raise found
+        return found
+
+    async def _watch_synchronous(self, call: anyio.CancelScope) -> None:
+        worker_id = self._job.worker_id or 0
+        while not self._is_cancel_asked:
+            now = self._clock.now()
+            here = Silence(since=now, lost_after_s=self._lost_after_s)  # the open connection says nothing else
+            if fate(self._job, worker_id, self._workers.get(worker_id), here, now) is not Fate.WAIT:
+                break
+            await self._clock.sleep(_RECONNECT_S)
+        call.cancel()
+
+    async def _began(self) -> bool:
+        """Write down once that it runs; False when the lease is somebody else's."""
+        if self._began_at:
+            return True
+        self._began_at = self._clock.now()
+        if not await self._saved(partial(self._store.start, self._job.id, token=self._token, now=self._began_at)):
+            return False
+        self._feed.news(self._job.id)
+        return True
 
     def _payload(self) -> bytes:
         """The input as the worker gets it: secrets put back, our id as its request_id, the webhook left out."""
@@ -130,12 +181,8 @@ class JobRun:
         return msgspec.json.encode({"input": given})
 
     async def _follow(self) -> RunOutcome:
-        if not self._began_at:
-            self._began_at = self._clock.now()
-            start = partial(self._store.start, self._job.id, token=self._token, now=self._began_at)
-            if not await self._saved(start):
-                return RunOutcome(job=self._job, status=None, reason="the lease was lost")
-            self._feed.news(self._job.id)
+        if not await self._began():
+            return RunOutcome(job=self._job, status=None, reason="the lease was lost")
         ticket = self._ticket_for(self._job)
         if ticket is None:
             raise Unreachable("the worker is not known any more")
@@ -176,7 +223,8 @@ class JobRun:
             return await self._finish(JobStatus.CANCELLED, None, None)
         if refused.status == 404:
             return await self._give_back("the worker does not have it any more", 0.0)
-        if refused.retry_after_s is not None:
+        is_hopeless = self._is_synchronous and refused.status not in _BUSY and self._job.attempts >= _SYNCHRONOUS_TRIES
+        if refused.retry_after_s is not None and not is_hopeless:
             return await self._give_back(
                 f"the worker answered {refused.status}: {refused.message}", refused.retry_after_s
             )

@@ -193,7 +193,7 @@ class Reconciler:
         groups = tuple(
             GroupFacts(
                 id=group.id,
-                generation=group.update_generation,
+                generation=group.update_generation if group.is_updating else 0,
                 perf=self._group_perf.get(group.id, 0.0),
                 is_deleted=group.deleted_at is not None,
             )

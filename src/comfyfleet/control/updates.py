@@ -23,6 +23,16 @@ def outdated(inputs: ScalingInputs) -> list[WorkerFacts]:
     ]
 
 
+def called_off(inputs: ScalingInputs) -> list[Action]:
+    """Workers that drain for an update that is not wanted any more: back into routing."""
+    wanted = {worker.id for worker in outdated(inputs)}
+    return [
+        Action(verb=Verb.KEEP, group_id=worker.group_id, worker_id=worker.id)
+        for worker in inputs.workers
+        if worker.intent == "update" and worker.id not in wanted
+    ]
+
+
 def update_actions(inputs: ScalingInputs) -> list[Action]:
     """The next workers to update; empty while enough of them are under way."""
     waiting = outdated(inputs)

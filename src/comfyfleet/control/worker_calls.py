@@ -1,7 +1,8 @@
 """What the control plane says to a worker about one job: start it, follow it, cancel it. HTTP only, no decisions.
 
 Our worker answers `/generate` at once and is followed at `/result/{id}` by server-sent events; a public PyWorker knows
-neither (404) and gets `/generate/sync`, whose answer is the result. Every call shows a ticket in `auth_data`.
+neither (404) and gets `/generate/sync`, whose answer is the result and whose connection is the job: hanging up cancels
+it. Every call shows a ticket in `auth_data`.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class Taken:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnlySynchronous:
+    """A public PyWorker: it takes the job by `wait_for` and knows no way to ask for it later."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ended:
     """The worker's result: `body` is its JSON, `status` what HTTP said."""
 
@@ -63,18 +69,25 @@ class WorkerCalls:
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
 
-    async def start(self, ticket: RouteReady, payload: bytes) -> Taken | Refused | Ended:
+    async def start(self, ticket: RouteReady, payload: bytes) -> Taken | OnlySynchronous | Refused | Ended:
         """Hand the job over. payload: `{"input": …}` as JSON. Raises Unreachable: it may have arrived or not."""
-        body = b'{"auth_data":' + _encode(ticket) + b',"session_id":null,"payload":' + payload + b"}"
         try:
-            status, answer, headers = await self._post(ticket.url + "/generate", body, _START)
-            if status == 404 and not _is_ours(answer):
-                status, answer, headers = await self._post(ticket.url + "/generate/sync", body, _SYNC)
+            status, answer, headers = await self._post(ticket.url + "/generate", _call(ticket, payload), _START)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Unreachable(str(error)) from error
         if status == 202:
             return Taken()
+        if status == 404 and not _is_ours(answer):
+            return OnlySynchronous()
         return _ended_or_refused(status, answer, headers)
+
+    async def wait_for(self, ticket: RouteReady, payload: bytes) -> Refused | Ended:
+        """Have the job done by a public PyWorker, however long it takes. Raises Unreachable."""
+        try:
+            status, answer, headers = await self._post(ticket.url + "/generate/sync", _call(ticket, payload), _SYNC)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Unreachable(str(error)) from error
+        return _foreign_end(status, answer, headers)
 
     async def follow(self, ticket: RouteReady, job_id: str) -> AsyncIterator[News | Ended | Refused]:
         """Progress, then the end. Raises Unreachable when the stream breaks off before it."""
@@ -113,6 +126,10 @@ class WorkerCalls:
             return answer.status, await answer.read(), dict(answer.headers)
 
 
+def _call(ticket: RouteReady, payload: bytes) -> bytes:
+    return b'{"auth_data":' + _encode(ticket) + b',"session_id":null,"payload":' + payload + b"}"
+
+
 async def _data_lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
     """The data of each event; lines may be longer than the reader's own limit (a result has megabytes)."""
     rest = b""
@@ -137,6 +154,34 @@ class _Result(msgspec.Struct, frozen=True):
     status: str = ""
     message: str = ""
     error: _Error = _Error()
+
+
+def _foreign_end(status: int, answer: bytes, headers: dict[str, str]) -> Ended | Refused:
+    """What a public PyWorker passes on is its model's answer, of any kind; the known wrapper fails jobs with a 5xx."""
+    if not 200 <= status < 300:
+        try:
+            said = msgspec.json.decode(answer, type=_Result)
+        except msgspec.DecodeError:
+            said = _Result()
+        has_run = said.status in ("failed", "cancelled")
+        return Ended(status=status, body=answer) if has_run else _ended_or_refused(status, answer, headers)
+    try:
+        found = msgspec.json.decode(answer)
+    except msgspec.DecodeError:
+        kind = headers.get("Content-Type", "")
+        found = answer.decode() if kind.startswith("text/") and _is_utf8(answer) else {"base64": answer, "mime": kind}
+    if isinstance(found, dict) and "status" in found:
+        return Ended(status=status, body=answer)
+    whole = found if isinstance(found, dict) else {"response": found}
+    return Ended(status=status, body=_encode({**whole, "status": "completed"}))
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _ended_or_refused(status: int, answer: bytes, headers: dict[str, str]) -> Ended | Refused:

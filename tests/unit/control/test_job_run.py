@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anyio
 import msgspec
 import pytest
 
@@ -33,6 +34,7 @@ class Leased:
         self.clock = SystemClock()
         self.store = open_sqlite(folder / "control.sqlite3")
         self.workers = Workers()
+        self.feed = JobFeed()
         self._fields = fields
 
     async def __aenter__(self):
@@ -68,7 +70,7 @@ class Leased:
             store=self.store,
             workers=self.workers,
             calls=self.worker.calls,
-            feed=JobFeed(),
+            feed=self.feed,
             vault=VAULT,
             clock=self.clock,
             ticket_for=lambda _job: self.worker.ticket(),
@@ -195,3 +197,39 @@ async def test_a_result_under_a_lost_lease_is_dropped(tmp_path):
 
         assert outcome.status is None
         assert (await leased.stored()).status is JobStatus.LEASED
+
+
+async def test_a_public_pyworkers_500_is_tried_again_and_not_for_ever(tmp_path):
+    async with HttpWorker() as worker, Leased(tmp_path, worker) as leased:
+        worker.answers["/generate/sync"] = (500, "", {})
+        first = await leased.run.run(worker.ticket())
+        again = await leased.stored()
+    async with HttpWorker() as worker, Leased(tmp_path / "third", worker, attempts=2) as leased:
+        worker.answers["/generate/sync"] = (500, "", {})
+        third = await leased.run.run(worker.ticket())
+        error = msgspec.json.decode((await leased.stored()).error)
+
+    assert (first.status, again.status) == (None, JobStatus.QUEUED)
+    assert (third.status, error["code"]) == (JobStatus.FAILED, "worker_500")
+
+
+@pytest.mark.parametrize("how", ["cancelled", "its worker is gone"])
+async def test_a_job_at_a_public_pyworker_is_hung_up_on(tmp_path, how):
+    async with HttpWorker() as worker, Leased(tmp_path, worker) as leased:
+        worker.held.add("/generate/sync")
+        async with anyio.create_task_group() as group:
+
+            async def meddle() -> None:
+                await worker.asked("/generate/sync")
+                if how == "cancelled":
+                    leased.feed.cancel("j")
+                else:
+                    leased.workers.move(7, WorkerState.ERROR, leased.clock.now())
+
+            group.start_soon(meddle)
+            outcome = await leased.run.run(worker.ticket())
+        status = (await leased.stored()).status
+
+    expected = JobStatus.CANCELLED if how == "cancelled" else None
+    assert outcome.status == expected
+    assert status == (expected or JobStatus.QUEUED)

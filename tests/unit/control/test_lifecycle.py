@@ -49,7 +49,7 @@ async def test_a_rolling_update_restarts_every_worker_and_never_all_at_once(tmp_
                 if world.plane.workers.get(worker_id).state != "idle":
                     world.report(worker_id)
         assert world.states() == ["idle", "idle"]
-        world.catalog.put_workergroup(msgspec.structs.replace(world.group, update_generation=1))
+        world.catalog.put_workergroup(msgspec.structs.replace(world.group, update_generation=1, is_updating=True))
 
         fewest = 2
         for _ in range(12):
@@ -63,6 +63,29 @@ async def test_a_rolling_update_restarts_every_worker_and_never_all_at_once(tmp_
         assert sorted(restarted) == [1, 2]
         assert fewest == 1
         assert {worker.generation for worker in world.plane.workers.all()} == {1}
+
+
+async def test_an_update_that_is_called_off_leaves_the_rest_as_they_are_and_drains_nobody(tmp_path):
+    async with RoutingWorld(tmp_path, cold_workers=1, max_workers=1, min_load=0.1) as world:
+        await world.tick()
+        world.report(1)
+        busy = world.ask()
+        assert isinstance(busy, Placed)
+        world.report(1, working=(busy.answer.request_idx,))
+        world.catalog.put_workergroup(msgspec.structs.replace(world.group, update_generation=1, is_updating=True))
+        await world.tick()
+        draining = world.plane.workers.get(1).intent
+
+        world.catalog.put_workergroup(msgspec.structs.replace(world.group, update_generation=1, is_updating=False))
+        await world.tick()
+        kept = world.plane.workers.get(1).intent
+        world.finish(1, busy.answer.request_idx)
+        world.report(1)
+        await world.tick()
+
+        assert (draining, kept) == ("update", "")
+        assert [verb for verb, _ in world.fleet.calls if verb == "start"] == []
+        assert isinstance(world.ask(), Placed)
 
 
 async def test_deleting_an_endpoint_lets_running_work_end_first(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from comfyfleet.control.worker_calls import Ended, News, Refused, Taken, Unreachable
+from comfyfleet.control.worker_calls import Ended, News, OnlySynchronous, Refused, Taken, Unreachable
 from support.http_worker import HttpWorker
 
 pytestmark = pytest.mark.anyio
@@ -27,11 +27,41 @@ async def test_a_public_pyworker_knows_only_the_synchronous_route():
     async with HttpWorker() as worker:
         worker.answers["/generate/sync"] = (200, RESULT, {})
 
-        ended = await worker.calls.start(worker.ticket(), b'{"input":{}}')
+        told = await worker.calls.start(worker.ticket(), b'{"input":{}}')
+        ended = await worker.calls.wait_for(worker.ticket(), b'{"input":{}}')
+
+    assert told == OnlySynchronous()
+    assert isinstance(ended, Ended)
+    assert msgspec.json.decode(ended.body) == RESULT
+    assert [path for path, _ in worker.heard] == ["/generate", "/generate/sync"]
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "body"),
+    [
+        (200, {"job": 1}, {"job": 1, "status": "completed"}),
+        (200, "[1, 2]", {"response": [1, 2], "status": "completed"}),
+        (200, "a line", {"response": "a line", "status": "completed"}),
+        (500, {**RESULT, "status": "failed"}, {**RESULT, "status": "failed"}),
+    ],
+)
+async def test_whatever_a_public_pyworkers_model_answers_is_the_jobs_end(status, answer, body):
+    async with HttpWorker() as worker:
+        worker.answers["/generate/sync"] = (status, answer, {})
+
+        ended = await worker.calls.wait_for(worker.ticket(), b'{"input":{}}')
 
     assert isinstance(ended, Ended)
-    assert msgspec.json.decode(ended.body)["status"] == "completed"
-    assert [path for path, _ in worker.heard] == ["/generate", "/generate/sync"]
+    assert msgspec.json.decode(ended.body) == body
+
+
+async def test_an_empty_500_of_a_public_pyworker_says_nothing_about_the_job():
+    async with HttpWorker() as worker:
+        worker.answers["/generate/sync"] = (500, "", {})
+
+        refused = await worker.calls.wait_for(worker.ticket(), b'{"input":{}}')
+
+    assert (refused.status, refused.retry_after_s) == (500, 1.0)
 
 
 @pytest.mark.parametrize(
