@@ -8,101 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import random
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import psutil
 import pytest
 
-from support.control_plane import ControlPlane
-from support.fleet_world import a_graph
-from support.ray_cluster import RayCluster, ray_cluster, until
+from support.ray_cluster import until
+from support.ray_world import LIMIT_S, WORKERS, RayWorld, ray_world
 
 pytestmark = [pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed"), pytest.mark.timeout(600)]
-
-WORKERS = 2
-LIMIT_S = 120.0
-
-
-class RayWorld:
-    """A cluster of two nodes with two GPUs each, and an endpoint that wants two workers."""
-
-    def __init__(self, folder: Path, cluster: RayCluster) -> None:
-        self.cluster = cluster
-        self.numbers = iter(range(1, 1_000_000))
-        self.jobs: list[str] = []
-        command = f"{sys.executable} -m comfyfleet.testing.fake_engine --job-s 0.02"
-        self.plane = ControlPlane(
-            folder / "control",
-            arguments=["--fleet", "ray", "--ray-address", cluster.address],
-            environment={
-                "COMFYFLEET_ENGINE_COMMAND": command,
-                "COMFYFLEET_ALLOWED_PRIVATE_HOSTS": "127.0.0.1",
-                "COMFYFLEET_LOST_AFTER_S": "5",
-                **cluster.mark,
-            },
-        )
-
-    def start(self) -> RayWorld:
-        self.plane.start()
-        body = {"endpoint_name": "comfy", "cold_workers": WORKERS, "max_workers": WORKERS, "min_load": 1e9}
-        assert self.plane.call("POST", "/api/v0/endptjobs/", {**body, "max_queue_time": 30})[0] == 200
-        group = {"endpoint_name": "comfy", "template_hash": "local", "search_params": "dph_total<=1.5"}
-        assert self.plane.call("POST", "/api/v0/workergroups/", group)[0] == 200
-        self.until_whole()
-        return self
-
-    def fleet(self, what: str) -> dict:
-        status, answer = self.plane.call("GET", f"/v1/fleet/{what}")
-        assert status == 200, answer
-        return answer
-
-    def workers(self) -> list[dict]:
-        return self.fleet("workers")["workers"]
-
-    def until_whole(self) -> None:
-        """As many workers Ready as wanted, each running somewhere."""
-
-        def is_whole() -> bool:
-            rows = self.workers()
-            good = [row for row in rows if row["status"] == "idle" and row["presence"] == "running" and row["node"]]
-            return len(rows) == len(good) == WORKERS
-
-        until(is_whole, LIMIT_S, tell=lambda: f"{self.workers()}\n{self.fleet('events')}\n{self.plane.log[-3000:]}")
-
-    def submit(self, count: int = 3) -> None:
-        for _ in range(count):
-            body = {"endpoint": "comfy", "input": {"workflow_json": a_graph(next(self.numbers))}}
-            status, answer = self.plane.call("POST", "/v1/jobs", body)
-            assert status == 202, answer
-            self.jobs.append(answer["id"])
-
-    def until_done(self) -> None:
-        """Every job accepted so far has ended well."""
-
-        def are_done() -> bool:
-            jobs = [self.plane.call("GET", f"/v1/jobs/{number}")[1] for number in self.jobs]
-            assert not [job for job in jobs if job["status"] in ("failed", "cancelled")], jobs
-            return all(job["status"] == "completed" for job in jobs)
-
-        until(are_done, LIMIT_S, tell=lambda: self.plane.log[-3000:])
-
-    def processes(self, node: str = "") -> list[psutil.Process]:
-        """The workers' own processes (not their engines, not the shells over them), on one node or on all."""
-        found = []
-        for process in self.cluster.processes():
-            with contextlib.suppress(psutil.Error):
-                words, folder = process.cmdline(), process.environ().get("COMFYFLEET_WORKER_DIR", "")
-                if words[-1:] == ["worker"] and words[0] != "sh" and folder.startswith(str(self.cluster.disk(node))):
-                    found.append(process)
-        return found
-
-    def incarnations(self) -> dict[int, str]:
-        return {row["id"]: row["incarnation"] for row in self.workers()}
-
-    def place(self) -> dict[int, str]:
-        return {row["id"]: row["node"] for row in self.workers()}
 
 
 def one_life_each(world: RayWorld) -> None:
@@ -188,16 +102,6 @@ def lose_the_head(world: RayWorld, nodes: list[str]) -> None:
     until(is_adopted, LIMIT_S, tell=lambda: str(world.fleet("nodes")))
     assert world.incarnations() == lives
     assert {process.pid for process in world.processes()} == running
-
-
-@contextlib.contextmanager
-def ray_world(folder: Path):
-    with ray_cluster({"a": 2, "b": 2}, labels="dph_total=1.0") as cluster:
-        world = RayWorld(folder, cluster)
-        try:
-            yield world.start()
-        finally:
-            world.plane.close()
 
 
 @pytest.mark.slow

@@ -82,6 +82,33 @@ def test_compose_has_the_four_parts_and_no_password_of_its_own():
         assert re.search(rf"\$\{{{variable}:\?", text), f"{variable} must be the operator's to set"
 
 
+def test_the_ray_compose_file_has_two_of_all_that_may_be_lost_and_runs_commands_that_exist():
+    text = (ROOT / "docker" / "compose.ray.yaml").read_text()
+    services = yaml.safe_load(text)["services"]
+
+    assert set(services) == {
+        *("control-1", "control-2", "balancer", "postgres", "s3"),
+        *("ray-head", "ray-node-1", "ray-node-2"),
+    }
+    for name in ("control-1", "control-2"):
+        (script,) = services[name]["command"]
+        subprocess.run(["bash", "-n", "-c", script], check=True)
+        check_command(script.partition("exec comfyfleet ")[2].split())
+        assert "--ray-address ray-head:6379" in script
+        assert services[name]["environment"]["COMFYFLEET_ADVERTISE_URL"] == f"http://{name}:8080"
+    ray_start = pytest.importorskip("ray.scripts.scripts").start
+    for name in ("ray-head", "ray-node-1", "ray-node-2"):
+        words = services[name]["entrypoint"][3:] + services[name]["command"]
+        assert words[:2] == ["ray", "start"]
+        known = {option for parameter in ray_start.params for option in parameter.opts}
+        assert {word.partition("=")[0] for word in words[2:]} <= known
+    assert all(port.startswith("127.0.0.1:") for service in services.values() for port in service.get("ports", []))
+    named = {volume.split(":")[0] for service in services.values() for volume in service.get("volumes", [])}
+    assert named == set(yaml.safe_load(text)["volumes"])
+    for variable in ("POSTGRES_PASSWORD", "S3_SECRET_ACCESS_KEY", "MASTER_KEY"):
+        assert re.search(rf"\$\{{{variable}:\?", text), f"{variable} must be the operator's to set"
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "deploy").glob("*.service")), ids=lambda path: path.name)
 def test_services_run_commands_that_exist_as_an_ordinary_user(path: Path):
     unit = configparser.ConfigParser(strict=False, interpolation=None)

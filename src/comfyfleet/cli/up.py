@@ -40,6 +40,7 @@ class UpOptions:
     max_workers: int
     template: str
     link: Path | None
+    fleet: tuple[str, ...] = ("local",)
 
 
 @click.command()
@@ -52,10 +53,25 @@ class UpOptions:
     "--max-workers", type=click.IntRange(min=0), default=0, help="At most so many workers; 0 is one per GPU, or one."
 )
 @click.option("--template", default="local", show_default=True, help="Template of the first workergroup.")
+@click.option(
+    "--fleet", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Who runs workers."
+)
+@click.option("--ray-address", help="host:port of the Ray head, for --fleet ray.")
 @click.option("--no-link", is_flag=True, help="Do not link client.toml into the user's configuration folder.")
-def command(data_dir: Path | None, host: str, port: int, max_workers: int, template: str, no_link: bool) -> None:
+def command(
+    data_dir: Path | None,
+    host: str,
+    port: int,
+    max_workers: int,
+    template: str,
+    fleet: str,
+    ray_address: str | None,
+    no_link: bool,
+) -> None:
     """Run everything on this machine: control plane, workers, engine. Ctrl-C stops all of it."""
     logs.configure()
+    if fleet == "ray" and not ray_address:
+        raise click.UsageError("--fleet ray needs --ray-address HOST:PORT, the Ray head's")
     options = UpOptions(
         data_dir=(data_dir or default_data_dir(os.environ)).resolve(),
         host=host,
@@ -63,6 +79,7 @@ def command(data_dir: Path | None, host: str, port: int, max_workers: int, templ
         max_workers=max_workers or gpu_count(),
         template=template,
         link=None if no_link else config_file(os.environ),
+        fleet=("ray", "--ray-address", ray_address) if fleet == "ray" and ray_address else ("local",),
     )
     sys.exit(anyio.run(_up, options, backend_options={"use_uvloop": True}))
 
@@ -96,7 +113,7 @@ async def _up(options: UpOptions) -> int:
                 "--data-dir",
                 str(options.data_dir),
                 "--fleet",
-                "local",
+                *options.fleet,
                 "--max-workers",
                 str(options.max_workers),
             ],
@@ -223,13 +240,16 @@ async def _tell_first_worker(url: str, data_dir: Path) -> None:
                 click.echo(f"  [{anyio.current_time() - began:5.1f} s] {now or 'no worker yet'}")
                 last = now
             if ready := next((worker for worker in workers if worker.status == "idle"), None):
-                click.echo(f"worker {ready.id}'s API wrapper: {_wrapper_docs(data_dir, ready.id)}")
+                if docs := _wrapper_docs(data_dir, ready.id):
+                    click.echo(f"worker {ready.id}'s API wrapper: {docs}")
                 click.echo("ready")
                 return
             await anyio.sleep(0.25)
 
 
 def _wrapper_docs(data_dir: Path, worker_id: int) -> str:
-    """Where a local worker's wrapper is: its usual port, or the next free one when that was taken."""
+    """Where a local worker's wrapper is: its usual port, or the next free one. "" for one on another machine."""
+    if not (data_dir / "workers" / str(worker_id) / "local.json").exists():
+        return ""
     record = json.loads((data_dir / "workers" / str(worker_id) / "local.json").read_text(encoding="utf-8"))
     return f"http://127.0.0.1:{record['slot']['wrapper']}/docs"
