@@ -204,6 +204,12 @@ class EngineFolders:
     def _is_taken(self, path: Path, *, may_overwrite: bool) -> bool:
         return str(path) in self._reserved or (not may_overwrite and path.exists())
 
+    def scratch_path(self) -> str:
+        """A path for a file that its user removes at once; what a killed process leaves goes at the next start."""
+        staging = self.paths.temp / STAGING
+        staging.mkdir(exist_ok=True)
+        return str(staging / f"{os.getpid()}-{next(self._staged)}.raw")
+
     def commit(self, output: OutputName) -> None:
         """Give a finished staging file its final name, atomically."""
         os.replace(output.staging_path, output.path)

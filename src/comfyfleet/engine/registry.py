@@ -51,6 +51,10 @@ class Folders(Protocol):
         """The path of an input file, "name", "sub/name" or "name [output]". Raises FileNotFoundError."""
         ...
 
+    def scratch_path(self) -> str:
+        """A path that nobody else has, for a file of the node's own."""
+        ...
+
     def temp_suffix(self) -> str:
         """`_temp_` and five letters: what a preview's name has after its prefix."""
         ...

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,6 +162,7 @@ class TextEncoder(Protocol):
     def move_to(self, device: str) -> None: ...
 
 
+@runtime_checkable
 class Autoencoder(Protocol):
     """VAE: latents to pictures, films or sound, and back.
 
@@ -183,6 +184,7 @@ class Autoencoder(Protocol):
     def move_to(self, device: str) -> None: ...
 
 
+@runtime_checkable
 class AudioAutoencoder(Protocol):
     """VAE of a sound model: latents (B, 8, 16, columns) to a waveform and back."""
 
@@ -191,7 +193,9 @@ class AudioAutoencoder(Protocol):
 
     size_bytes: int
 
-    def decode_audio(self, samples: Tensor) -> Audio: ...
+    def decode_audio(self, samples: Tensor, before_piece: Callable[[], None] = ...) -> Audio:
+        """`before_piece` is called between pieces of some seconds, and may raise to stop."""
+        ...
 
     def encode_audio(self, audio: Audio) -> Tensor: ...
 

@@ -16,7 +16,7 @@ from comfyfleet.engine.events import NodeProgress
 from comfyfleet.engine.executor import Job
 from comfyfleet.engine.media.film import save_mp4
 from comfyfleet.engine.media.sound import save_sound
-from comfyfleet.engine.registry import NodeRegistry, NodeRun, integer, real
+from comfyfleet.engine.registry import Interrupted, NodeRegistry, NodeRun, integer, real
 from comfyfleet.engine.values import Audio, Video
 from support.engine_world import EngineWorld, node
 
@@ -310,6 +310,24 @@ def test_v0_is_the_best_variable_rate(tmp_path: Path) -> None:
         sizes = [packet.size for packet in container.demux(audio=0) if packet.size]
     assert len(set(sizes)) > 1
     assert sum(sizes) * 8 / 2 > 220_000, "noise needs nearly all that MP3 has"
+
+
+@pytest.mark.parametrize("form", ["mp3", "flac", "opus"])
+def test_encoding_sound_can_be_stopped_each_second(tmp_path: Path, form: str) -> None:
+    blocks = []
+
+    def stop_at_the_third() -> None:
+        blocks.append(1)
+        if len(blocks) == 3:
+            raise Interrupted
+
+    silence = torch.zeros(2, 20 * RATE_HZ)
+    with pytest.raises(Interrupted):
+        save_sound(
+            str(tmp_path / "x"), silence, RATE_HZ, form=form, quality="V0", texts={}, before_block=stop_at_the_third
+        )
+
+    assert len(blocks) == 3
 
 
 def test_a_batch_of_sounds_gets_a_file_each(world: EngineWorld) -> None:

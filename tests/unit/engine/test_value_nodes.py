@@ -11,6 +11,7 @@ import torch
 from comfyfleet.engine.nodes import all_nodes
 from comfyfleet.engine.nodes.scaling import scale
 from comfyfleet.engine.nodes.vae import join
+from comfyfleet.engine.registry import Interrupted
 from comfyfleet.engine.values import ConditioningEntry, Latent
 from support.engine_world import EngineWorld, node
 
@@ -127,9 +128,45 @@ def test_mixing_on_the_sphere_keeps_the_length_between_equal_lengths() -> None:
 def test_pieces_of_a_film_are_joined_in_order() -> None:
     pieces = [torch.full((count, 2, 2, 3), float(value)) for value, count in enumerate((1, 4, 4))]
 
-    film = join(iter(pieces))
+    film = join(iter(pieces), str)
 
     assert film[:, 0, 0, 0].tolist() == [0.0] + [1.0] * 4 + [2.0] * 4
+
+
+def own_memory_bytes() -> int:
+    """What this process alone has in memory: nothing of files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def test_a_long_film_takes_a_pieces_memory_and_is_a_tensor_like_any_other(tmp_path: Path) -> None:
+    folders = EngineWorld(tmp_path).folders
+    peaks: list[int] = []
+
+    def pieces(count: int):
+        for value in range(count):
+            peaks.append(own_memory_bytes())
+            yield torch.full((1, 256, 256, 16), float(value))  # 4 MiB
+
+    before = own_memory_bytes()
+    film = join(pieces(60), folders.scratch_path, in_memory_bytes=16 << 20)
+
+    assert max(peaks) - before < 80 << 20, "240 MiB went through"
+    assert (film.shape, film.dtype) == ((60, 256, 256, 16), torch.float32)
+    assert film[:, 7, 7, 7].tolist() == [float(value) for value in range(60)]
+    assert torch.equal(film[40:42] + 1, film[41:43])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_film_that_breaks_off_leaves_no_file(tmp_path: Path) -> None:
+    def pieces():
+        yield torch.zeros(2, 8, 8, 3)
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        join(pieces(), EngineWorld(tmp_path).folders.scratch_path, in_memory_bytes=0)
+
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_latent_is_kept_in_a_file_and_read_back(tmp_path: Path) -> None:

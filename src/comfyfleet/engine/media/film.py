@@ -36,9 +36,8 @@ def save_mp4(path: str, video: Video, texts: Mapping[str, str], before_frame: Ca
         sound = container.add_stream("aac", rate=video.audio.sample_rate_hz) if video.audio is not None else None
         _encode_frames(container, stream, video.frames, "yuv420p", before_frame)
         if sound is not None and video.audio is not None:
-            _encode_sound(
-                container, sound, video.audio, math.ceil(video.audio.sample_rate_hz / rate * len(video.frames))
-            )
+            samples = math.ceil(video.audio.sample_rate_hz / rate * len(video.frames))
+            _encode_sound(container, sound, video.audio, samples, before_frame)
 
 
 def save_webm(
@@ -78,11 +77,20 @@ def _encode_frames(
     container.mux(stream.encode(None))
 
 
-def _encode_sound(container: av.container.OutputContainer, stream: av.AudioStream, audio: Audio, samples: int) -> None:
+def _encode_sound(
+    container: av.container.OutputContainer,
+    stream: av.AudioStream,
+    audio: Audio,
+    samples: int,
+    before_block: Callable[[], None],
+) -> None:
     """The first item of the batch, cut to the film's length."""
     waveform = audio.waveform[0, :, :samples].float().cpu()
     layout = "mono" if waveform.shape[0] == 1 else "stereo"
-    frame = av.AudioFrame.from_ndarray(waveform.t().reshape(1, -1).contiguous().numpy(), format="flt", layout=layout)
-    frame.sample_rate, frame.pts = audio.sample_rate_hz, 0
-    container.mux(stream.encode(frame))
+    for start in range(0, waveform.shape[1], audio.sample_rate_hz):
+        before_block()
+        block = waveform[:, start : start + audio.sample_rate_hz].t().reshape(1, -1).contiguous().numpy()
+        frame = av.AudioFrame.from_ndarray(block, format="flt", layout=layout)
+        frame.sample_rate, frame.pts = audio.sample_rate_hz, start
+        container.mux(stream.encode(frame))
     container.mux(stream.encode(None))

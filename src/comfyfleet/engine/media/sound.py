@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import av
 import numpy as np
@@ -16,8 +16,20 @@ OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
 BIT_RATES = {"64k": 64_000, "96k": 96_000, "128k": 128_000, "192k": 192_000, "320k": 320_000}
 
 
-def save_sound(path: str, waveform: Tensor, rate_hz: int, *, form: str, quality: str, texts: Mapping[str, str]) -> None:
-    """One item (channels, samples) as `form` "flac", "mp3" or "opus". `quality` is "V0" or a key of BIT_RATES."""
+def save_sound(
+    path: str,
+    waveform: Tensor,
+    rate_hz: int,
+    *,
+    form: str,
+    quality: str,
+    texts: Mapping[str, str],
+    before_block: Callable[[], None] = lambda: None,
+) -> None:
+    """One item (channels, samples) as `form` "flac", "mp3" or "opus". `quality` is "V0" or a key of BIT_RATES.
+
+    `before_block` is called before each second of sound, and may raise to stop.
+    """
     if form == "opus":
         waveform, rate_hz = _for_opus(waveform, rate_hz)
     with av.open(path, mode="w", format=form) as container:
@@ -29,10 +41,12 @@ def save_sound(path: str, waveform: Tensor, rate_hz: int, *, form: str, quality:
             stream.bit_rate = BIT_RATES[quality]
         elif quality == "V0":
             stream.codec_context.qscale = True  # variable rate, with LAME's quality left at 0
-        samples = waveform.t().reshape(1, -1).float().cpu().contiguous().numpy()
-        frame = av.AudioFrame.from_ndarray(samples, format="flt", layout=layout)
-        frame.sample_rate, frame.pts = rate_hz, 0
-        container.mux(stream.encode(frame))
+        for start in range(0, waveform.shape[1], rate_hz):
+            before_block()
+            samples = waveform[:, start : start + rate_hz].t().reshape(1, -1).float().cpu().contiguous().numpy()
+            frame = av.AudioFrame.from_ndarray(samples, format="flt", layout=layout)
+            frame.sample_rate, frame.pts = rate_hz, start
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 

@@ -7,7 +7,7 @@ does, so on stock ComfyUI the same seed gives another song.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -223,13 +223,16 @@ class AceAutoencoder(Resident[AceSound]):
     """The sound autoencoder: 44.1 kHz stereo."""
 
     @torch.no_grad()
-    def decode_audio(self, samples: Tensor) -> Audio:
+    def decode_audio(self, samples: Tensor, before_piece: Callable[[], None] = lambda: None) -> Audio:
         """(B, 8, 16, columns) -> (B, 2, 4096 columns), each divided by max(1, 5 deviations) against clipping."""
         network = self.network()
         waveforms = []
         for latents in samples:
-            pieces = network.waveform(latents[None].to(self.device, self.dtype))
-            waveforms.append(torch.cat([piece.float().cpu() for piece in pieces], dim=-1))
+            played = []
+            for piece in network.waveform(latents[None].to(self.device, self.dtype)):
+                before_piece()
+                played.append(piece.float().cpu())
+            waveforms.append(torch.cat(played, dim=-1))
         waveform = torch.stack(waveforms)
         deviation = waveform.std(dim=(1, 2), keepdim=True)
         return Audio(

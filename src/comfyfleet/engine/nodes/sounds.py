@@ -114,7 +114,15 @@ def _save(run: NodeRun, audio: Audio, prefix: str, *, form: str, quality: str, k
     shown = []
     for number, waveform in enumerate(audio.waveform):
         name = run.folders.next_output(prefix, form, kind=kind, batch_number=number)
-        save_sound(name.staging_path, waveform, audio.sample_rate_hz, form=form, quality=quality, texts=texts)
+        save_sound(
+            name.staging_path,
+            waveform,
+            audio.sample_rate_hz,
+            form=form,
+            quality=quality,
+            texts=texts,
+            before_block=run.check_stop,
+        )
         run.commit(name)
         shown.append(name.shown())
     return Shown(ui={"audio": shown})

@@ -1,8 +1,14 @@
-"""Between latents and what is seen or heard. A film is decoded piece by piece: working memory stays flat."""
+"""Between latents and what is seen or heard.
+
+A film is decoded piece by piece, and a long one is put into a file without a name as it comes: working memory does not
+grow with its length. What comes out is an IMAGE like any other; its pages are read when a node looks at a frame.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,24 +16,28 @@ from torch import Tensor
 from comfyfleet.engine.media.resampling import resample
 from comfyfleet.engine.registry import NodeRegistry, NodeRun, link
 from comfyfleet.engine.values import Audio, AudioAutoencoder, Autoencoder, Latent
+from comfyfleet.wire.errors import ModelFileUnusable
 
 NODES = NodeRegistry()
 VAE_RATE_HZ = 44100
+IN_MEMORY_BYTES = 64 << 20  # a film of up to this stays in memory
 
 
 @NODES.node(
     "VAEDecode",
     inputs={
-        "samples": link("LATENT", tooltip="The latent to be decoded."),
-        "vae": link("VAE", tooltip="The VAE model used for decoding the latent."),
+        "samples": link("LATENT", tooltip="What a sampler gave."),
+        "vae": link("VAE", tooltip="The autoencoder of the latent's model family."),
     },
     outputs=["IMAGE"],
     category="latent",
     display_name="VAE Decode",
-    description="Decodes latent images back into pixel space images.",
+    description="Turns a latent into pictures or a film.",
 )
 def vae_decode(run: NodeRun, *, samples: Latent, vae: Autoencoder) -> tuple[Tensor]:
-    return (join(until_stopped(run, vae.decode(samples.samples))),)
+    if not isinstance(vae, Autoencoder):
+        raise ModelFileUnusable("vae is an autoencoder of sound: VAEDecodeAudio decodes with it", node_input="vae")
+    return (join(until_stopped(run, vae.decode(samples.samples)), run.folders.scratch_path),)
 
 
 def until_stopped(run: NodeRun, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -37,19 +47,30 @@ def until_stopped(run: NodeRun, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
         yield piece
 
 
-def join(pieces: Iterator[Tensor]) -> Tensor:
-    """IMAGE batches in order to one. Pieces are let go as they are copied, so the film is in memory once."""
-    waiting = [piece.detach().to("cpu", torch.float32) for piece in pieces]
-    if len(waiting) == 1:
-        return waiting[0]
-    joined = torch.empty((sum(len(piece) for piece in waiting), *waiting[0].shape[1:]))
+def join(pieces: Iterator[Tensor], scratch: Callable[[], str], in_memory_bytes: int = IN_MEMORY_BYTES) -> Tensor:
+    """IMAGE batches in order to one; `scratch` names a file that nobody has, for more than `in_memory_bytes`."""
+    waiting: list[Tensor] = []
+    held_bytes = 0
+    for piece in pieces:
+        waiting.append(piece.detach().to("cpu", torch.float32))
+        held_bytes += waiting[-1].nbytes
+        if held_bytes > in_memory_bytes:
+            return _joined_in_file(waiting, pieces, scratch())
+    return waiting[0] if len(waiting) == 1 else torch.cat(waiting)
+
+
+def _joined_in_file(waiting: list[Tensor], more: Iterator[Tensor], path: str) -> Tensor:
+    """The pieces that wait, and those still to come, mapped from a file that goes with the tensor."""
+    shape, count = waiting[0].shape[1:], 0
     waiting.reverse()
-    place = 0
-    while waiting:
-        piece = waiting.pop()
-        joined[place : place + len(piece)] = piece
-        place += len(piece)
-    return joined
+    try:
+        with open(path, "wb") as file:
+            while (piece := waiting.pop() if waiting else next(more, None)) is not None:
+                file.write(piece.detach().to("cpu", torch.float32).contiguous().numpy().data)
+                count += len(piece)
+        return torch.from_file(path, shared=False, size=count * math.prod(shape)).view(count, *shape)
+    finally:
+        os.unlink(path)
 
 
 @NODES.node(
@@ -60,6 +81,8 @@ def join(pieces: Iterator[Tensor]) -> Tensor:
     display_name="VAE Encode",
 )
 def vae_encode(run: NodeRun, *, pixels: Tensor, vae: Autoencoder) -> tuple[Latent]:
+    if not isinstance(vae, Autoencoder):
+        raise ModelFileUnusable("vae is an autoencoder of sound: VAEEncodeAudio encodes with it", node_input="vae")
     return (Latent(samples=vae.encode(pixels[..., :3])),)
 
 
@@ -71,7 +94,8 @@ def vae_encode(run: NodeRun, *, pixels: Tensor, vae: Autoencoder) -> tuple[Laten
     display_name="VAE Decode Audio",
 )
 def vae_decode_audio(run: NodeRun, *, samples: Latent, vae: AudioAutoencoder) -> tuple[Audio]:
-    return (vae.decode_audio(samples.samples),)
+    _demand_sound(vae)
+    return (vae.decode_audio(samples.samples, run.check_stop),)
 
 
 @NODES.node(
@@ -82,5 +106,11 @@ def vae_decode_audio(run: NodeRun, *, samples: Latent, vae: AudioAutoencoder) ->
     display_name="VAE Encode Audio",
 )
 def vae_encode_audio(run: NodeRun, *, audio: Audio, vae: AudioAutoencoder) -> tuple[Latent]:
+    _demand_sound(vae)
     waveform = resample(audio.waveform, audio.sample_rate_hz, VAE_RATE_HZ)
     return (Latent(samples=vae.encode_audio(Audio(waveform=waveform, sample_rate_hz=VAE_RATE_HZ))),)
+
+
+def _demand_sound(vae: object) -> None:
+    if not isinstance(vae, AudioAutoencoder):
+        raise ModelFileUnusable("vae is an autoencoder of pictures: VAEDecode and VAEEncode take it", node_input="vae")
