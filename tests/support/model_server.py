@@ -29,6 +29,7 @@ class Hosted:
     redirect_to: str = ""
     redirect_headers: dict[str, str] = field(default_factory=dict)  # what the hub says of the file it leads to
     content_type: str = "application/octet-stream"
+    encoding: str = ""
 
     @property
     def sha256(self) -> str:
@@ -116,6 +117,8 @@ class ModelServer:
         if hosted.etag:
             handler.send_header("ETag", hosted.etag)
         handler.send_header("Content-Type", hosted.content_type)
+        if hosted.encoding:
+            handler.send_header("Content-Encoding", hosted.encoding)
         if is_partial:
             handler.send_header("Content-Range", f"bytes {start}-{end - 1}/{total}")
         if hosted.is_chunked:

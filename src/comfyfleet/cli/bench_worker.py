@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from comfyfleet import logs
 from comfyfleet.clock import SystemClock
 from comfyfleet.provision.template import find_template
 from comfyfleet.wire.errors import BadRequest
-from comfyfleet.wire.workflow import Graph, parse_graph
+from comfyfleet.wire.workflow import Graph, read_graph
 from comfyfleet.worker.agent.benchmark import BenchmarkFailed, BenchmarkKey, ScoreCache, graph_digest, with_random_seeds
 from comfyfleet.worker.agent.gpu import gpu_name
 from comfyfleet.worker.agent.measuring import Measured, measure
@@ -24,7 +23,14 @@ from comfyfleet.worker.agent.measuring import Measured, measure
 @click.option("--url", default="http://127.0.0.1:18288", show_default=True, help="The wrapper's base URL.")
 @click.option("--template", help="Whose graph (default COMFYFLEET_TEMPLATE or local).")
 @click.option("--graph", type=click.Path(path_type=Path, dir_okay=False), help="A graph of your own, in API format.")
-@click.option("--limit", "limit_s", default=600.0, show_default=True, help="Seconds for the measured rounds.")
+@click.option(
+    "--limit",
+    "limit_s",
+    type=click.FloatRange(min=0),
+    default=600.0,
+    show_default=True,
+    help="Seconds for the measured rounds.",
+)
 @click.option("--cache", type=click.Path(path_type=Path, dir_okay=False), help="Remember the score in this file.")
 def command(url: str, template: str | None, graph: Path | None, limit_s: float, cache: Path | None) -> None:
     """Run the benchmark: one warm-up, then rounds until the median is stable. Score = 100 / median seconds."""
@@ -50,7 +56,7 @@ def _graph(template: str, path: Path | None) -> Graph:
     if path is not None:
         if not path.is_file():
             raise BadRequest(f"there is no graph file {path}", field="graph")
-        return parse_graph(json.loads(path.read_text(encoding="utf-8")), field=path.name)
+        return read_graph(path.read_bytes(), field=path.name)
     graph = find_template(template).benchmark_graph()
     if graph is None:
         raise BadRequest(f"template {template} has no benchmark: give --graph", field="graph")

@@ -6,7 +6,6 @@ refused or fails, with the node and the input by name.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from comfyfleet.engine.render.setup import RenderSettings
 from comfyfleet.engine.run import run_graph
 from comfyfleet.ids import SystemIds
 from comfyfleet.settings.machine import default_data_dir
-from comfyfleet.wire.workflow import Graph, parse_graph
+from comfyfleet.wire.workflow import Graph, read_graph
 from comfyfleet.worker.stages.prepare import roll_dice
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -36,11 +35,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda:0.")
 def command(workflow: Path, models_dir: Path | None, output_dir: Path, input_dir: Path | None, device: str) -> None:
     """Execute a workflow in the embedded engine, with no servers."""
-    try:
-        loaded = json.loads(workflow.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise click.ClickException(f"{workflow} is not valid JSON: {error}") from error
-    graph = roll_dice(parse_graph(loaded, field=workflow.name), SystemIds())
+    graph = roll_dice(read_graph(workflow.read_bytes(), field=workflow.name), SystemIds())
     data_dir = default_data_dir(os.environ)
     miniatures_dir = data_dir / "miniatures"
     ensure(miniatures_dir)

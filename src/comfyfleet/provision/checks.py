@@ -40,7 +40,7 @@ def check_header(path: Path, name: str) -> None:
         try:
             table = json.loads(file.read(length))
             end = max((entry["data_offsets"][1] for key, entry in table.items() if key != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as problem:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as problem:
             raise ProvisionFailed(f"{name} has a broken safetensors header", file=name, reason="header") from problem
     if size_bytes != 8 + length + end:
         raise ProvisionFailed(

@@ -21,7 +21,7 @@ from comfyfleet.provision.plan import Verb, decide, look
 from comfyfleet.provision.progress import FileProgress
 from comfyfleet.provision.ranges import Pauses, Remote, SourceChanged
 from comfyfleet.provision.sources import Source, sources_of
-from comfyfleet.provision.staging import Staged, lock_path, staged
+from comfyfleet.provision.staging import Staged, lock_path, room_or_disk_full, staged
 from comfyfleet.provision.template import ModelFile
 from comfyfleet.provision.transfer import Received, Transfer, TransferLimits
 from comfyfleet.settings.provision import SourceSettings
@@ -59,8 +59,16 @@ class Downloader:
         return None
 
     async def fetch(self, model: ModelFile, models_dir: Path, progress: FileProgress) -> Path:
-        """The file at its final place. Raises ProvisionFailed when no source gives it, DiskFull with figures."""
+        """The file at its final place. Raises ProvisionFailed when a source or the disk fails, DiskFull."""
         target = models_dir / model.relative_path
+        try:
+            with room_or_disk_full(target, model.size_bytes or 0):
+                await self._fetch(model, models_dir, target, progress)
+        except OSError as problem:  # the disk's: what the network does to us has names of its own
+            raise ProvisionFailed(f"{model.name} cannot be written: {problem.strerror}", reason="disk") from problem
+        return target
+
+    async def _fetch(self, model: ModelFile, models_dir: Path, target: Path, progress: FileProgress) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
 
         def waiting() -> None:
@@ -73,7 +81,6 @@ class Downloader:
                     await self._obtain(model, file, progress)
             progress.size_bytes = progress.done_bytes = target.stat().st_size
             progress.is_finished = True
-        return target
 
     async def _obtain(self, model: ModelFile, file: Staged, progress: FileProgress) -> None:
         if self._settings.offline_dir is not None:
@@ -130,6 +137,8 @@ class Downloader:
     async def _finish(self, model: ModelFile, received: Received, file: Staged) -> None:
         """Checks, then the final name. Raises WrongFile."""
         size_bytes = file.path.stat().st_size
+        if size_bytes == 0:
+            raise WrongFile("the source's file is empty", file=model.name, reason="size")
         if model.size_bytes is not None and size_bytes != model.size_bytes:
             raise WrongFile(f"{size_bytes} bytes came, not {model.size_bytes}", file=model.name, reason="size")
         expected = model.sha256 or received.published_sha256

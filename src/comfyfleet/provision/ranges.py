@@ -75,7 +75,10 @@ class Remote:
         pauses: Pauses,
         idle_s: float,
     ) -> None:
-        self.url = yarl.URL(url, encoded="%" in url)
+        try:
+            self.url = yarl.URL(url, encoded="%" in url)
+        except ValueError as problem:
+            raise ProvisionFailed("a source's address is no URL", reason="url") from problem
         self._settings = settings
         self._session = session
         self._clock = clock
@@ -102,7 +105,7 @@ class Remote:
             async with self._ask("HEAD", {}) as answer:
                 size_bytes = self._linked[0] or answer.content_length or 0
                 return size_bytes or None
-        except (aiohttp.ClientError, OSError, TimeoutError, Transient, ProvisionFailed):
+        except (aiohttp.ClientError, OSError, TimeoutError, Transient, SourceChanged, ProvisionFailed):
             return None  # the download itself will tell why
 
     @asynccontextmanager
@@ -155,6 +158,8 @@ class Remote:
                 self._pauses.ask(current.authority, wait_s, self._clock.monotonic())
             raise Transient(f"HTTP {status}", wait_s)
         if status == 416:
+            if answer.headers.get("Content-Range") == "bytes */0":
+                raise ProvisionFailed(f"{self._shown} has an empty file", reason="size")
             raise SourceChanged
         hint = f": {token_hint(current, self._settings)}" if status in (401, 403) else ""
         raise ProvisionFailed(f"{self._shown} answered {status}{hint}", reason="status", status=status)
@@ -177,6 +182,9 @@ class Remote:
             identity.size_bytes != known.size_bytes or (known.etag and strong and strong != known.etag)
         ):
             raise SourceChanged
+        if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
+            # Bytes of a compressed form have other offsets and another digest: nothing here would fit together.
+            raise ProvisionFailed(f"{self._shown} answered compressed, though asked not to", reason="encoding")
         is_page = answer.content_type == "text/html"
         if is_page:
             raise ProvisionFailed(f"{self._shown} answered with a web page, not a file", reason="page")

@@ -7,17 +7,18 @@ workergroup's `template_hash` names; its plain name works as well.
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from comfyfleet.wire.errors import BadRequest, NotFound
-from comfyfleet.wire.workflow import Graph, parse_graph
+from comfyfleet.wire.workflow import Graph, read_graph
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
@@ -67,14 +68,15 @@ class Template:
     folder: Path | None = None
 
     def benchmark_graph(self) -> Graph | None:
-        """The benchmark's graph, or None where the template has none. Raises WorkflowRefused for a broken file."""
+        """The benchmark's graph, or None where the template has none. Raises BadRequest or WorkflowRefused."""
         if not self.benchmark:
             return None
-        if self.folder is not None:
-            text = (self.folder / self.benchmark).read_text(encoding="utf-8")
-        else:
-            text = (_shipped() / "graphs" / self.benchmark).read_text(encoding="utf-8")
-        return parse_graph(json.loads(text), field=self.benchmark)
+        graphs = _shipped() / "graphs" if self.folder is None else self.folder
+        try:
+            content = (graphs / self.benchmark).read_bytes()
+        except OSError as problem:
+            raise BadRequest(f"benchmark {self.benchmark}: {problem.strerror}", field="benchmark") from problem
+        return read_graph(content, field=self.benchmark)
 
 
 def _shipped() -> Any:
@@ -128,12 +130,14 @@ def parse_template(content: bytes, *, name: str, folder: Path | None = None) -> 
         name=name,
         hash_id=hashlib.sha256(content).hexdigest()[:32],
         description=_of(data, "description", str, ""),
-        gpu_ram_gb=float(_of(data, "gpu_ram_gb", (int, float), 0.0)),
+        gpu_ram_gb=_amount(data, "gpu_ram_gb", 0.0),
         miniatures=_of(data, "miniatures", bool, False),
         comfyui_version=_of(data, "comfyui_version", str, ""),
         benchmark=_of(data, "benchmark", str, ""),
-        benchmark_limit_s=float(_of(data, "benchmark_limit_s", (int, float), 600.0)),
-        models=tuple(_model(entry, number) for number, entry in enumerate(_of(data, "models", list, []))),
+        benchmark_limit_s=_amount(data, "benchmark_limit_s", 600.0),
+        models=_without_twins(
+            tuple(_model(entry, number) for number, entry in enumerate(_of(data, "models", list, [])))
+        ),
         custom_nodes=tuple(_node(entry, number) for number, entry in enumerate(_of(data, "custom_nodes", list, []))),
         environment={str(key): str(value) for key, value in environment.items()},
         folder=folder,
@@ -147,23 +151,49 @@ def _of(data: Mapping[str, Any], key: str, kind: Any, default: Any, where: str =
     return value
 
 
+def _amount(data: Mapping[str, Any], key: str, default: float) -> float:
+    value = float(_of(data, key, (int, float), default))
+    if not math.isfinite(value) or value < 0:  # TOML knows nan and inf
+        raise BadRequest(f"{key} must be a number from 0 on", field=key)
+    return value
+
+
 def _model(entry: Any, number: int) -> ModelFile:
     where = f"models[{number}]."
     if not isinstance(entry, Mapping):
         raise BadRequest(f"models[{number}] must be a table", field=f"models[{number}]")
     url, folder = _of(entry, "url", str, "", where), _of(entry, "folder", str, "", where)
-    if not url.startswith(("https://", "http://", "hf://")):
+    if not url.startswith(("https://", "http://", "hf://")) or not _is_url(url):
         raise BadRequest(f"{where}url must be http(s):// or hf://", field=f"{where}url")
     name = _of(entry, "name", str, "", where) or url.partition("?")[0].rsplit("/", 1)[-1].partition("@")[0]
     for field_name, value in (("folder", folder), ("name", name)):
-        path = PurePosixPath(value)
-        if not value or path.is_absolute() or ".." in path.parts or "\\" in value:
+        is_plain = value.isprintable() and "\\" not in value
+        if not is_plain or any(part in ("", ".", "..") for part in value.split("/")):
             raise BadRequest(f"{where}{field_name} must stay inside the models folder", field=f"{where}{field_name}")
     sha256 = _of(entry, "sha256", str, "", where).lower()
     if sha256 and not _SHA256.fullmatch(sha256):
         raise BadRequest(f"{where}sha256 is not 64 hexadecimal digits", field=f"{where}sha256")
     size_bytes = _of(entry, "size_bytes", int, 0, where)
+    if size_bytes < 0:
+        raise BadRequest(f"{where}size_bytes must not be negative", field=f"{where}size_bytes")
     return ModelFile(url=url, folder=folder, name=name, size_bytes=size_bytes or None, sha256=sha256 or None)
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parsed = urlsplit(text)
+        return bool(parsed.hostname) and (parsed.port is None or parsed.port > 0)
+    except ValueError:
+        return False
+
+
+def _without_twins(models: tuple[ModelFile, ...]) -> tuple[ModelFile, ...]:
+    """Raises BadRequest for two entries with one place: which of the two came last would be chance."""
+    seen: dict[str, int] = {}
+    for number, model in enumerate(models):
+        if (first := seen.setdefault(model.relative_path, number)) != number:
+            raise BadRequest(f"models[{number}] has the place of models[{first}]", field=f"models[{number}].name")
+    return models
 
 
 def _node(entry: Any, number: int) -> CustomNode:

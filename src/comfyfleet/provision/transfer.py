@@ -166,7 +166,7 @@ class Transfer:
                 group.start_soon(hashing, name="digest")
                 for number in range(min(self._limits.connections, len(waiting))):
                     group.start_soon(connection, name=f"connection {number}")
-        except* (FleetError, SourceChanged) as several:
+        except* (FleetError, SourceChanged, OSError) as several:
             raise _first(several) from several
         return digest
 
@@ -249,7 +249,7 @@ def _cut(blocks: list[bytes], limit: int) -> list[bytes]:
     return [block for block in kept if block]
 
 
-def _first(group: BaseExceptionGroup[FleetError | SourceChanged]) -> FleetError | SourceChanged:
+def _first(group: BaseExceptionGroup[FleetError | SourceChanged | OSError]) -> FleetError | SourceChanged | OSError:
     """One failure stands for those that it caused in its neighbours."""
     one = group.exceptions[0]
     return _first(one) if isinstance(one, BaseExceptionGroup) else one

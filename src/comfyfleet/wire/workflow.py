@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import msgspec
+
 from comfyfleet.wire.errors import BadRequest, WorkflowRefused
 
 MAX_NODES = 1500
@@ -42,6 +44,15 @@ def parse_graph(value: object, *, field: str = "workflow_json") -> Graph:
     graph = {str(node_id): _parse_node(str(node_id), node) for node_id, node in value.items()}
     check_acyclic(graph)
     return graph
+
+
+def read_graph(content: bytes, *, field: str) -> Graph:
+    """`parse_graph` of a file's content. Raises BadRequest, too, for what is no JSON."""
+    try:
+        value = msgspec.json.decode(content)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as problem:
+        raise BadRequest(f"{field} is not valid JSON: {problem}", field=field) from problem
+    return parse_graph(value, field=field)
 
 
 def _parse_node(node_id: str, node: object) -> dict[str, Any]:

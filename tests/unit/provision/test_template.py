@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from comfyfleet.provision.template import find_template, parse_template, shipped_templates
-from comfyfleet.wire.errors import BadRequest, NotFound
+from comfyfleet.wire.errors import BadRequest, NotFound, WorkflowRefused
 
 
 def test_the_documents_templates_ship_and_each_is_found_by_name_and_hash() -> None:
@@ -46,6 +46,19 @@ def test_the_wan_template_holds_the_six_files_of_the_document() -> None:
         ('[[models]]\nurl = "https://x/y"\nfolder = "../../etc"', "models[0].folder"),
         ('[[models]]\nurl = "https://x/y"\nfolder = "vae"\nname = "/etc/passwd"', "models[0].name"),
         ('[[models]]\nurl = "https://x/y"\nfolder = "vae"\nsha256 = "abc"', "models[0].sha256"),
+        ("gpu_ram_gb = nan", "gpu_ram_gb"),
+        ("benchmark_limit_s = -1", "benchmark_limit_s"),
+        ('[[models]]\nurl = "https://x:99999/y"\nfolder = "vae"', "models[0].url"),
+        ('[[models]]\nurl = "https://[::1/y"\nfolder = "vae"', "models[0].url"),
+        ('[[models]]\nurl = "hf://"\nfolder = "vae"\nname = "x"', "models[0].url"),
+        ('[[models]]\nurl = "https://x/y"\nfolder = "."', "models[0].folder"),
+        ('[[models]]\nurl = "https://x/y"\nfolder = "vae"\nname = "a\\u0000b"', "models[0].name"),
+        ('[[models]]\nurl = "https://x/y"\nfolder = "vae"\nname = "a/"', "models[0].name"),
+        ('[[models]]\nurl = "https://x/y"\nfolder = "vae"\nsize_bytes = -1', "models[0].size_bytes"),
+        (
+            '[[models]]\nurl = "https://x/y"\nfolder = "v"\n[[models]]\nurl = "https://z/y"\nfolder = "v"',
+            "models[1].name",
+        ),
         ('[[custom_nodes]]\nrepository = "https://x/y"\ncommit = "main"', "custom_nodes[0].commit"),
     ],
 )
@@ -61,3 +74,13 @@ def test_an_unknown_name_is_answered_with_the_known_ones(tmp_path: Path) -> None
         find_template("wan")
     with pytest.raises(NotFound):
         find_template(str(tmp_path / "absent.toml"))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff", b"[" * 100_000, b"[]", b'{"1": 5}'])
+def test_a_benchmark_that_is_no_graph_is_refused_by_its_file(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "mine.json").write_bytes(content)
+    template = parse_template(b'benchmark = "mine.json"', name="mine", folder=tmp_path)
+
+    with pytest.raises((BadRequest, WorkflowRefused), match=r"mine\.json|node 1"):
+        template.benchmark_graph()

@@ -25,12 +25,11 @@ from comfyfleet.listening import CannotListen, bind, serve
 from comfyfleet.provision.template import find_template
 from comfyfleet.settings.agent import AgentSettings
 from comfyfleet.version import __version__
-from comfyfleet.web import NOT_JSON
 from comfyfleet.wire.errors import FleetError
 from comfyfleet.wire.generation import GenerateInput
 from comfyfleet.wire.shapes import shape_of
 from comfyfleet.wire.workers import WorkerStatusReport
-from comfyfleet.wire.workflow import Graph, parse_graph
+from comfyfleet.wire.workflow import Graph, read_graph
 from comfyfleet.worker.agent.benchmark import BenchmarkFailed, BenchmarkKey, ScoreCache, graph_digest, with_random_seeds
 from comfyfleet.worker.agent.drift import DriftWatch
 from comfyfleet.worker.agent.gpu import gpu_name
@@ -216,10 +215,7 @@ class Agent:
         if path is not None:
             if not path.is_file():
                 raise BenchmarkFailed(cause=f"BENCHMARK_JSON_PATH names no file: {path.name}")
-            try:
-                return parse_graph(msgspec.json.decode(path.read_bytes()), field=path.name)
-            except NOT_JSON as problem:
-                raise BenchmarkFailed(cause=f"{path.name} is not JSON: {problem}") from problem
+            return read_graph(path.read_bytes(), field=path.name)
         graph = find_template(self._settings.template).benchmark_graph()
         if graph is None:
             raise BenchmarkFailed(

@@ -133,8 +133,8 @@ class ScoreCache:
     def _all(self) -> list[BenchmarkScore]:
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=list[BenchmarkScore])
-        except (OSError, msgspec.DecodeError):
-            return []  # absent or from another version: measuring again is always right
+        except (OSError, ValueError):
+            return []  # absent, broken or from another version: measuring again is always right
 
 
 def with_random_seeds(graph: Graph) -> Graph:
