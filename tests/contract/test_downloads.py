@@ -4,65 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import asynccontextmanager
 from pathlib import Path
 
-import aiohttp
 import anyio
 import pytest
 
 from comfyfleet.clock import SystemClock
-from comfyfleet.ids import SystemIds
-from comfyfleet.provision.download import Downloader
-from comfyfleet.provision.progress import FileProgress
 from comfyfleet.provision.staging import part_path
-from comfyfleet.provision.template import ModelFile
 from comfyfleet.provision.transfer import TransferLimits
 from comfyfleet.retry import Backoff
 from comfyfleet.settings.provision import SourceSettings
 from comfyfleet.wire.errors import DiskFull, ProvisionFailed
+from support.downloads import CHUNK, CONTENT, a_downloader, a_model, download, the_file
 from support.model_server import Hosted, ModelServer, a_safetensors_file, model_server
 
 pytestmark = pytest.mark.anyio
-
-CHUNK = 64 * 1024
-CONTENT = a_safetensors_file(10 * CHUNK + 12_345)
-QUICK = TransferLimits(
-    chunk_bytes=CHUNK,
-    connections=3,
-    idle_s=2.0,
-    reserve_bytes=0,
-    backoff=Backoff(first_s=0.01, factor=1.0, cap_s=0.01, attempts=4),
-)
 
 
 @pytest.fixture
 def server():
     with model_server() as running:
         yield running
-
-
-@asynccontextmanager
-async def a_downloader(settings: SourceSettings | None = None, limits: TransferLimits = QUICK):
-    async with aiohttp.ClientSession(auto_decompress=False) as session:
-        yield Downloader(
-            settings or SourceSettings(), session=session, clock=SystemClock(), ids=SystemIds(), limits=limits
-        )
-
-
-def a_model(url: str, **known) -> ModelFile:
-    return ModelFile(url=url, folder="checkpoints", name="song.safetensors", **known)
-
-
-async def download(url: str, folder: Path, *, settings=None, limits=QUICK, **known) -> FileProgress:
-    progress = FileProgress(name="song.safetensors")
-    async with a_downloader(settings, limits) as downloader:
-        await downloader.fetch(a_model(url, **known), folder, progress)
-    return progress
-
-
-def the_file(folder: Path) -> Path:
-    return folder / "checkpoints" / "song.safetensors"
 
 
 def test_files_of_the_test_server_are_whole():
@@ -384,35 +346,3 @@ async def test_two_processes_of_their_own_put_one_download_on_the_wire(server: M
     assert the_file(tmp_path).read_bytes() == CONTENT
     assert server.sent("/song") == len(CONTENT)
     assert [path.name for path in the_file(tmp_path).parent.iterdir()] == ["song.safetensors"]
-
-
-async def test_a_compressed_answer_is_no_part_of_a_file(server: ModelServer, tmp_path: Path):
-    url = server.add("/song.safetensors", Hosted(content=CONTENT, encoding="gzip"))
-
-    with pytest.raises(ProvisionFailed, match="answered compressed"):
-        await download(url, tmp_path)
-
-    assert not the_file(tmp_path).exists()
-
-
-@pytest.mark.parametrize("has_ranges", [True, False])
-async def test_an_empty_file_is_no_model(server: ModelServer, tmp_path: Path, has_ranges: bool):
-    hosted = Hosted(content=b"", has_ranges=has_ranges)
-    if has_ranges:
-        hosted.refusals.append((416, {"Content-Range": "bytes */0"}))
-    url = server.add("/song.safetensors", hosted)
-
-    with pytest.raises(ProvisionFailed, match="empty"):
-        await download(url, tmp_path)
-
-    assert not the_file(tmp_path).exists()
-
-
-async def test_a_folder_that_cannot_be_written_is_said_as_what_it_is(server: ModelServer, tmp_path: Path):
-    url = server.add("/song.safetensors", Hosted(content=CONTENT))
-    (tmp_path / "checkpoints").write_text("a file where the folder should be")
-
-    with pytest.raises(ProvisionFailed, match=r"song\.safetensors cannot be written: ") as refused:
-        await download(url, tmp_path)
-
-    assert refused.value.details["reason"] == "disk"

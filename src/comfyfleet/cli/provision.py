@@ -13,6 +13,7 @@ import click
 from comfyfleet import logs
 from comfyfleet.clock import SystemClock
 from comfyfleet.ids import SystemIds
+from comfyfleet.provision.checkout import without_userinfo
 from comfyfleet.provision.comfyui import REF, REPOSITORY, Install, install, prove
 from comfyfleet.provision.progress import Progress, size
 from comfyfleet.provision.provisioner import Provisioner, the_error_in
@@ -65,9 +66,11 @@ def _comfyui(path: Path | None, nodes: Sequence[CustomNode], *, dry_run: bool, n
         custom_nodes=nodes,
     )
     if dry_run:
-        click.echo(f"{'use' if is_given else f'install {what.repository} at {what.ref} in'} {what.path}")
+        click.echo(
+            f"{'use' if is_given else f'install {without_userinfo(what.repository)} at {what.ref} in'} {what.path}"
+        )
         for node in nodes:
-            click.echo(f"custom node {node.repository} at {node.commit}")
+            click.echo(f"custom node {without_userinfo(node.repository)} at {node.commit}")
         return
     if is_given:
         click.echo(f"{what.path} is used as it is")
@@ -95,7 +98,8 @@ async def _provision(provisioner: Provisioner, template: Template, dry_run: bool
     for line in plan.lines():
         click.echo(line)
     for node in template.custom_nodes:
-        click.echo(f"custom node {node.repository} at {node.commit}: comes with `provision comfyui --nodes-of`")
+        repository = without_userinfo(node.repository)
+        click.echo(f"custom node {repository} at {node.commit}: comes with `provision comfyui --nodes-of`")
     if dry_run or not plan.work:
         return
     began = provisioner.clock.monotonic()

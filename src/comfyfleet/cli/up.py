@@ -27,6 +27,7 @@ from comfyfleet.client import Serverless
 from comfyfleet.settings.client import config_file
 from comfyfleet.settings.machine import OWNER_VARIABLE, default_data_dir
 from comfyfleet.wire.errors import FleetError, NotFound, Unavailable
+from comfyfleet.worker.agent.gpu import gpu_facts
 
 ENDPOINT = "comfyui-json"
 START_LIMIT_S = 30.0
@@ -76,23 +77,12 @@ def command(
         data_dir=(data_dir or default_data_dir(os.environ)).resolve(),
         host=host,
         port=port,
-        max_workers=max_workers or gpu_count(),
+        max_workers=max_workers or max(1, len(gpu_facts())),  # without a GPU, the CPU serves
         template=template,
         link=None if no_link else config_file(os.environ),
         fleet=("ray", "--ray-address", ray_address) if fleet == "ray" and ray_address else ("local",),
     )
     sys.exit(anyio.run(_up, options, backend_options={"use_uvloop": True}))
-
-
-def gpu_count() -> int:
-    """GPUs of this machine, at least 1: without one, the CPU serves."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return max(1, int(pynvml.nvmlDeviceGetCount()))
-    except Exception:  # no driver, no library, no GPU: each is told by another class of exception
-        return 1
 
 
 async def _up(options: UpOptions) -> int:

@@ -1,8 +1,12 @@
-"""A git repository at one ref in a folder of its own. Again and again the same end, whatever was there before."""
+"""A git repository at one ref in a folder of its own. Again and again the same end, whatever was there before.
+
+An address may bring a token (`https://user:token@host/…`): git gets it, and no log, message or kept file does.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +19,12 @@ from comfyfleet.wire.errors import ProvisionFailed
 log = structlog.get_logger()
 
 _WORDS = 300
+_USERINFO = re.compile(r"(?<=://)[^/\s@]+@")
+
+
+def without_userinfo(text: str) -> str:
+    """`text` without what stands before the `@` of a URL's host."""
+    return _USERINFO.sub("", text)
 
 
 async def checkout(repository: str, ref: str, folder: Path) -> str:
@@ -36,12 +46,15 @@ async def checkout(repository: str, ref: str, folder: Path) -> str:
         wanted = f"origin/{ref}"
     await run(["git", "checkout", "--quiet", "--force", "--detach", wanted], cwd=folder, what=f"checking out {wanted}")
     commit = (await run(["git", "rev-parse", "HEAD"], cwd=folder, what="git rev-parse")).strip()
-    log.info("repository.checked_out", repository=repository, ref=ref, commit=commit)
+    if (bare := without_userinfo(repository)) != repository:
+        await run(["git", "remote", "set-url", "origin", bare], cwd=folder, what="git remote")
+    log.info("repository.checked_out", repository=bare, ref=ref, commit=commit)
     return commit
 
 
 async def run(command: Sequence[str], *, what: str, cwd: Path | None = None) -> str:
     """What it printed. Raises ProvisionFailed with its last words when it fails."""
+    what = without_userinfo(what)
     try:
         done = await anyio.run_process(
             list(command), cwd=cwd, check=False, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT
@@ -51,7 +64,9 @@ async def run(command: Sequence[str], *, what: str, cwd: Path | None = None) -> 
     text = done.stdout.decode("utf-8", "replace")
     if done.returncode != 0:
         last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
-        raise ProvisionFailed(f"{what} failed with code {done.returncode}: {last[:_WORDS]}", reason="command")
+        raise ProvisionFailed(
+            f"{what} failed with code {done.returncode}: {without_userinfo(last)[:_WORDS]}", reason="command"
+        )
     return text
 
 

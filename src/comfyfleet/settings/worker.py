@@ -89,8 +89,8 @@ def from_environment(env: Mapping[str, str]) -> WorkerSettings:
     if not key and host not in _LOOPBACK:
         raise BadRequest(f"listening on {host} needs COMFYFLEET_WORKER_KEY", variable="COMFYFLEET_WORKER_KEY")
     worker_dir = Path(env.get("COMFYFLEET_WORKER_DIR") or data_dir / "workers" / "standalone").expanduser()
-    install = env.get("COMFYUI_INSTALL_PATH") or ""
-    install_path = Path(install).expanduser() if install and (Path(install) / "main.py").is_file() else None
+    install = Path(env.get("COMFYUI_INSTALL_PATH") or "").expanduser()
+    install_path = install if env.get("COMFYUI_INSTALL_PATH") and (install / "main.py").is_file() else None
     models_dir = install_path / "models" if install_path else data_dir / "models"
     backends = env.get("COMFYUI_BACKENDS") or env.get("COMFYUI_API_BASE") or ""
     return WorkerSettings(

@@ -19,12 +19,13 @@ import msgspec
 import structlog
 
 from comfyfleet.clock import Clock
-from comfyfleet.provision.checkout import checkout, make_venv
+from comfyfleet.provision.checkout import checkout, make_venv, without_userinfo
 from comfyfleet.provision.template import find_template
 from comfyfleet.settings.agent import AgentSettings
 from comfyfleet.settings.pyworker import PyworkerSettings
 from comfyfleet.wire.errors import Fenced, FleetError, NotFound, ProvisionFailed
 from comfyfleet.wire.workers import WorkerStatusReport
+from comfyfleet.wire.workflow import Graph, read_graph
 from comfyfleet.worker.agent.reporter import TIMEOUT
 from comfyfleet.worker.agent.startup import Stage
 from comfyfleet.worker.engines import process
@@ -74,7 +75,8 @@ class Pyworker:
     async def prepare(self) -> list[str]:
         """The command to run. Raises ProvisionFailed."""
         clone = self.folder / "pyworker"
-        self.machine.startup.enter(Stage.ENGINE_START, f"cloning {self.settings.repository}")
+        shown = without_userinfo(self.settings.repository)
+        self.machine.startup.enter(Stage.ENGINE_START, f"cloning {shown}")
         commit = await checkout(self.settings.repository, self.settings.ref, clone)
         python = self.settings.python or str(await self._environment(clone))
         self._put_benchmark(clone)
@@ -82,7 +84,7 @@ class Pyworker:
         found = next((place for place in places if place.is_file()), None)
         if found is None:
             raise ProvisionFailed(
-                f"{self.settings.repository} has neither worker.py nor workers/{self.settings.backend}/worker.py",
+                f"{shown} has neither worker.py nor workers/{self.settings.backend}/worker.py",
                 reason="pyworker",
             )
         log.info("pyworker.prepared", commit=commit, script=str(found.relative_to(clone)))
@@ -102,9 +104,9 @@ class Pyworker:
         home = clone / "workers" / "comfyui-json"
         if not home.is_dir():
             return
-        graph: object = None
+        graph: Graph | None = None
         if self.fleet.benchmark_json is not None and self.fleet.benchmark_json.is_file():
-            graph = json.loads(self.fleet.benchmark_json.read_text(encoding="utf-8"))
+            graph = read_graph(self.fleet.benchmark_json.read_bytes(), field=self.fleet.benchmark_json.name)
         else:
             try:
                 graph = find_template(self.fleet.template).benchmark_graph()
