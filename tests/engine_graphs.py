@@ -13,7 +13,12 @@ from comfyfleet.ids import SystemIds
 
 def folders_of(work, models):
     paths = FolderPaths(
-        models=models, miniatures=models, input=work / "input", output=work / "output", temp=work / "temp"
+        models=models,
+        miniatures=models,
+        input=work / "input",
+        output=work / "output",
+        temp=work / "temp",
+        user=work / "user",
     )
     return EngineFolders(paths, SystemClock(), SystemIds())
 

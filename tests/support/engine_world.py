@@ -24,6 +24,7 @@ def folders_below(root: Path, clock: FakeClock | None = None) -> EngineFolders:
         input=root / "input",
         output=root / "output",
         temp=root / "temp",
+        user=root / "user",
     )
     return EngineFolders(paths, clock or FakeClock(), SeededIds(1))
 

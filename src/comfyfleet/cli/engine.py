@@ -25,6 +25,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--input-dir", type=FOLDER, required=True)
 @click.option("--output-dir", type=FOLDER, required=True)
 @click.option("--temp-dir", type=FOLDER, required=True, help="Emptied at start.")
+@click.option("--user-dir", type=FOLDER, help="What an editor keeps; beside the input folder unless given.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda:0.")
 @click.option("--cache-mb", default=0, help="What cached results may take; 0: a fifth of the memory.")
 @click.option("--model-mb", default=0, help="What models may take of the device; 0: most of it.")
@@ -37,6 +38,7 @@ def command(
     input_dir: Path,
     output_dir: Path,
     temp_dir: Path,
+    user_dir: Path | None,
     device: str,
     cache_mb: int,
     model_mb: int,
@@ -50,6 +52,7 @@ def command(
         input_dir=str(input_dir.resolve()),
         output_dir=str(output_dir.resolve()),
         temp_dir=str(temp_dir.resolve()),
+        user_dir=str(user_dir.resolve()) if user_dir is not None else "",
         device=device,
         cache_bytes=cache_mb << 20,
         model_bytes=model_mb << 20,

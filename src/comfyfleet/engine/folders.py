@@ -53,6 +53,7 @@ class FolderPaths:
     input: Path
     output: Path
     temp: Path
+    user: Path  # what an editor keeps
 
     def root(self, kind: str) -> Path:
         """The folder of a file type: "input", "output" or "temp". Raises KeyError."""
@@ -92,12 +93,12 @@ class EngineFolders:
 
     def model_names(self, folder: str) -> list[str]:
         names: set[str] = set()
-        for root in self._model_roots(folder):
+        for root in self.model_roots(folder):
             names.update(_names_below(root, MODEL_EXTENSIONS))
         return sorted(names)
 
     def model_path(self, folder: str, name: str) -> str:
-        for root in self._model_roots(folder):
+        for root in self.model_roots(folder):
             if (path := _inside(root, name)) is not None and path.is_file():
                 return str(path)
         raise FileNotFoundError(f"there is no file {name} in the models folder {folder}")
@@ -107,7 +108,7 @@ class EngineFolders:
         path = Path(self.model_path(folder, name))
         return path.is_relative_to(self.paths.miniatures) or read_metadata(path).get("miniature") == "true"
 
-    def _model_roots(self, folder: str) -> list[Path]:
+    def model_roots(self, folder: str) -> list[Path]:
         parts = MODEL_FOLDERS.get(folder, (folder,))
         return [root / part for root in (self.paths.models, self.paths.miniatures) for part in parts]
 

@@ -24,6 +24,7 @@ class EngineSettings:
     comfyui_args: tuple[str, ...]
     port: int
     gpus: tuple[str, ...]  # CUDA_VISIBLE_DEVICES of each child; () asks the machine
+    engine_args: tuple[str, ...] = ()  # appended to the embedded engine's command line
     command: tuple[str, ...] = ()  # a whole command line instead (tests: the fake engine)
 
 
@@ -100,6 +101,7 @@ def from_environment(env: Mapping[str, str]) -> WorkerSettings:
             comfyui_args=tuple((env.get("COMFYUI_ARGS") or "").split()),
             port=_integer(env, "COMFYFLEET_ENGINE_PORT", 18188),
             gpus=tuple(part.strip() for part in (env.get("COMFYFLEET_GPUS") or "").split(",") if part.strip()),
+            engine_args=tuple((env.get("COMFYFLEET_ENGINE_ARGS") or "").split()),
             command=tuple((env.get("COMFYFLEET_ENGINE_COMMAND") or "").split()),
         ),
         queue=QueueSettings(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from comfyfleet.cli.engine import command as engine_command
 from comfyfleet.settings.worker import from_environment
 from comfyfleet.wire.errors import BadRequest
 from comfyfleet.worker.engines.layout import plan_engines
@@ -44,6 +46,17 @@ def test_one_engine_per_gpu_each_with_its_own_port_output_and_card(tmp_path):
     assert first.folders["output"] != second.folders["output"]
     assert first.folders["input"] == second.folders["input"]
     assert "cuda:0" in second.launch.command
+
+
+def test_the_embedded_engine_takes_options_from_the_workers_environment(tmp_path):
+    env = {"HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "COMFYFLEET_ENGINE_ARGS": "--compile --cache-mb 2000"}
+    settings = from_environment(env)
+
+    (plan,) = plan_engines(settings.engines, settings.folders, env)
+
+    assert plan.launch.command[-3:] == ("--compile", "--cache-mb", "2000")
+    options = CliRunner().invoke(engine_command, ["--help"]).output
+    assert all(option in options for option in plan.launch.command if option.startswith("--"))
 
 
 def test_a_real_comfyui_is_started_with_its_own_arguments(tmp_path):

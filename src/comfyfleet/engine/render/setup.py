@@ -25,6 +25,7 @@ class RenderSettings(msgspec.Struct, frozen=True, kw_only=True):
     input_dir: str
     output_dir: str
     temp_dir: str
+    user_dir: str = ""  # "": beside the input folder
     device: str = "cpu"
     cache_bytes: int = 0  # 0: a share of the machine's memory
     model_bytes: int = 0  # what models may take of the device; 0: most of it
@@ -37,6 +38,7 @@ class RenderSettings(msgspec.Struct, frozen=True, kw_only=True):
             input=Path(self.input_dir),
             output=Path(self.output_dir),
             temp=Path(self.temp_dir),
+            user=Path(self.user_dir) if self.user_dir else Path(self.input_dir).parent / "user",
         )
 
     def folders(self, clock: Clock, ids: Ids) -> EngineFolders:

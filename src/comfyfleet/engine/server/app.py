@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from comfyfleet.clock import Clock
 from comfyfleet.engine.graph import PromptRefused
 from comfyfleet.engine.render.setup import RenderSettings
-from comfyfleet.engine.server import files, routes
+from comfyfleet.engine.server import files, inside, routes, userdata
 from comfyfleet.engine.server.answers import MAX_BODY_BYTES, TooLarge, refusal
 from comfyfleet.engine.server.engine import Engine
 from comfyfleet.engine.server.live import no_upgrade, ws
@@ -41,7 +41,14 @@ def build(settings: RenderSettings, clock: Clock, ids: Ids) -> Starlette:
             yield
             loops.cancel_scope.cancel()
 
-    both = [*routes.ROUTES, *files.ROUTES, WebSocketRoute("/ws", ws), Route("/ws", no_upgrade)]
+    both = [
+        *routes.ROUTES,
+        *files.ROUTES,
+        *userdata.ROUTES,
+        *inside.ROUTES,
+        WebSocketRoute("/ws", ws),
+        Route("/ws", no_upgrade),
+    ]
     app = Starlette(
         routes=[*both, Mount("/api", routes=both)],
         lifespan=lifespan,

@@ -23,7 +23,7 @@ for the nodes listed below. Post a graph to <code>/prompt</code>, listen on <cod
 <code>COMFYUI_API_BASE</code> or <code>COMFYUI_INSTALL_PATH</code> of a worker at a real ComfyUI for those.</li>
 <li>Real pictures, films and music for as long as only <em>miniature</em> checkpoints are there: they exercise the whole
 path and make noise. Results made with one say so (<code>meta.miniature</code> in the history).</li>
-<li>User data, settings, workflow templates and the rest of what the editor stores.</li>
+<li>Several users, workflow templates and translations: the routes are there and empty.</li>
 </ul>
 <h2>Nodes ({count})</h2>
 <p>{nodes}</p>

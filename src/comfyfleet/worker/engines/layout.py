@@ -74,6 +74,7 @@ def _own(index: int, gpu: str, engines: EngineSettings, folders: FolderSettings,
             *("--models-dir", str(folders.models_dir)),
             *("--miniatures-dir", str(folders.miniatures_dir)),
             *("--device", "cuda:0" if gpu else "cpu"),
+            *engines.engine_args,
         )
     return EnginePlan(
         name=f"engine-{index}",
