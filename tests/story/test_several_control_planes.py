@@ -58,6 +58,16 @@ def rendered_with(ticket: dict[str, Any], number: int) -> str:
         return json.loads(answer.read())["status"]
 
 
+def the_events_of(job_id: str, plane) -> list[str]:
+    """Kinds, from the first to the last, as one replica streams them."""
+    request = urllib.request.Request(
+        f"{plane.base}/v1/jobs/{job_id}/events", headers={"Authorization": f"Bearer {plane.key}"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    return [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
+
+
 def the_owner_is_killed(world: ReplicaWorld, load: Load, victim) -> None:
     other = world.other(victim)
     load.avoid = {victim}
@@ -124,6 +134,16 @@ def test_two_control_planes_serve_as_one_whatever_happens_to_either(world):
     assert first.call("DELETE", f"/v1/keys/{made['id']}")[0] == 200
     assert second.call("GET", "/api/v0/endptjobs/", key=made["key"])[0] == 401
     assert first.key == second.key
+
+    listed = [sorted(row["id"] for row in plane.call("GET", "/v1/workers")[1]["workers"]) for plane in world.planes]
+    assert listed == [[worker.id for worker in world.workers]] * 2
+    for endpoint in world.endpoints:
+        body = {"endpoint": endpoint, "input": {"workflow_json": a_graph(1100 + int(endpoint[1:]), sleep_s=0.5)}}
+        status, job = second.call("POST", "/v1/jobs", body)
+        assert status == 202, job
+        stories = [the_events_of(job["id"], plane) for plane in world.planes]
+        assert stories[0] == stories[1]
+        assert [kind for kind in stories[0] if kind != "progress"] == ["queued", "leased", "running", "completed"]
 
     # A ticket outlives the replica that signed it.
     tickets = [a_ticket(world, plane, endpoint) for plane, endpoint in doors]

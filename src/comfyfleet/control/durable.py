@@ -5,6 +5,7 @@ A composition root like `plane` (routing), on whose desk and registry it stands.
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -28,6 +29,7 @@ from comfyfleet.control.ledger import Ledger
 from comfyfleet.control.metrics import Metrics
 from comfyfleet.control.ownership import Ownership, SoleOwner
 from comfyfleet.control.plane import RoutingPlane
+from comfyfleet.control.shared_folder import own_file
 from comfyfleet.control.store.base import Store
 from comfyfleet.control.store.news import News
 from comfyfleet.control.worker_calls import WorkerCalls
@@ -72,7 +74,8 @@ class DurablePlane:
         self._metrics = metrics
         self._clock = clock
         self._ended = Kick()
-        self._outbox = Outbox(settings.data_dir / "webhooks.sqlite3", Sealer(webhook_key, "webhooks"))
+        outbox, self._outbox_lock = own_file(settings.data_dir, "webhooks", ".sqlite3")
+        self._outbox = Outbox(outbox, Sealer(webhook_key, "webhooks"))
         self._webhooks = Webhooks(self._outbox, fetcher, clock, ids, trusted=trusted)
         self.admission = Admission(
             store=store,
@@ -146,6 +149,7 @@ class DurablePlane:
                 self.ledger.count()
                 await self.ledger.flush()
                 self._outbox.close()
+                os.close(self._outbox_lock)
 
     def begin(self, endpoint_id: int) -> None:
         """The endpoint is this replica's from now on."""

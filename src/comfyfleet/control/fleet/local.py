@@ -16,7 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
 import anyio
@@ -29,6 +29,7 @@ from comfyfleet.control.fleet import detached
 from comfyfleet.control.fleet.base import FleetEvent, FleetNode, FleetWorker, NoCapacity, Presence, WorkerSpec
 from comfyfleet.control.fleet.events import EventLog
 from comfyfleet.control.fleet.slots import PortClaims, Slot, find_slot
+from comfyfleet.control.shared_folder import NotOurTurn, our_turn
 from comfyfleet.settings.machine import OWNER_VARIABLE
 from comfyfleet.wire.errors import NotFound
 
@@ -36,6 +37,7 @@ FOLDER_VARIABLE = "COMFYFLEET_WORKER_DIR"
 _LOG_ROTATE_BYTES = 20 * 1024 * 1024
 _POLL_S = 0.05
 _REAP_S = 5.0
+_TURN_S = 5.0
 
 
 class LocalRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,8 +119,18 @@ class LocalFleet:
     def events(self) -> Sequence[FleetEvent]:
         return self._events.all()
 
-    async def create(self, spec: WorkerSpec) -> None:
+    @contextlib.asynccontextmanager
+    async def _slots(self) -> AsyncIterator[None]:
+        """The slots to ourselves: other control planes of this machine may give them out too. Raises NoCapacity."""
         async with self._lock:
+            try:
+                async with our_turn(self._folder / ".slots.lock", self._clock, _TURN_S):
+                    yield
+            except NotOurTurn as error:
+                raise NoCapacity("another control plane of this machine is starting workers") from error
+
+    async def create(self, spec: WorkerSpec) -> None:
+        async with self._slots():
             folder = self._folder / str(spec.id)
             if (folder / "local.json").exists():
                 return
@@ -135,7 +147,7 @@ class LocalFleet:
             await self._launch(LocalRecord(id=spec.id, slot=slot), spec)
 
     async def start(self, spec: WorkerSpec) -> None:
-        async with self._lock:
+        async with self._slots():
             record = self._record(spec.id)
             if record is None:
                 raise NotFound("this worker does not exist here", worker_id=spec.id)
