@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from comfyfleet import logs
 from comfyfleet.clock import SystemClock
+from comfyfleet.control.api.hot_paths import HotPaths, posts
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.keys import Keyring
 from comfyfleet.control.plane import RoutingPlane
@@ -48,7 +49,7 @@ def bare() -> Starlette:
     return Starlette(routes=[Route("/route/", route, methods=["POST"])])
 
 
-def ours(folder: Path, endpoints: int, workers: int) -> Starlette:
+def ours(folder: Path, endpoints: int, workers: int) -> HotPaths:
     """The plane, with workers that have just reported ready; worker n has the token `t<n>`."""
     clock = SystemClock()
     catalog = Catalog(
@@ -87,7 +88,7 @@ def ours(folder: Path, endpoints: int, workers: int) -> Starlette:
             yield
             tasks.cancel_scope.cancel()
 
-    return Starlette(routes=plane.routes(), lifespan=lifespan)
+    return HotPaths(Starlette(routes=plane.routes(), lifespan=lifespan), posts(plane.routes()))
 
 
 if __name__ == "__main__":

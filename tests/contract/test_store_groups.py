@@ -5,9 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 import anyio
+import anyio.to_thread
+import psycopg
 import pytest
 
 from comfyfleet.control.jobs import JobFilter
+from comfyfleet.control.store.connection import ConnectionLost
 from comfyfleet.wire.jobs import JobStatus
 from support.stored_jobs import NOW, a_job, a_lease
 
@@ -63,3 +66,43 @@ async def test_of_many_ends_told_at_once_one_is_written(store):
         assert [event.seq for event in events] == list(range(1, len(events) + 1))
         assert [event.kind for event in events].count("completed") == 1
     assert (await store.job("j4")).status is JobStatus.QUEUED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["postgres"], indirect=True)
+async def test_callers_whose_connections_are_cut_lose_nothing_and_store_nothing_twice(store, postgres_url):
+    done, cuts = [], []
+
+    def cut() -> None:
+        with psycopg.connect(postgres_url, autocommit=True) as raw:
+            others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+            cuts.extend(raw.execute(f"{others} AND backend_type = 'client backend'").fetchall())
+
+    async def surely(change):
+        while True:
+            try:
+                return await change()
+            except ConnectionLost:
+                await anyio.sleep(0.01)
+
+    async def caller(number: int) -> None:
+        for turn in range(10):
+            job = a_job(f"j{number}-{turn}", idempotency_key=f"k{number}-{turn}")
+            (added,) = await surely(partial(store.add_jobs, [job]))
+            assert not added.is_repeat
+            await surely(partial(store.fail_waiting, job.id, error="{}", now=NOW))
+            done.append(job.id)
+            if len(done) % 40 == 0:
+                await anyio.to_thread.run_sync(cut)
+
+    with anyio.fail_after(120):
+        async with anyio.create_task_group() as callers:
+            for number in range(20):
+                callers.start_soon(caller, number)
+
+    assert len(cuts) >= 5
+    stored = await surely(partial(store.jobs, JobFilter(scope=None, limit=500)))
+    assert sorted(job.id for job in stored) == sorted(done)
+    assert {job.status for job in stored} == {JobStatus.FAILED}
+    for job in stored[::10]:
+        assert [event.kind for event in await surely(partial(store.events, job.id))] == ["queued", "failed"]

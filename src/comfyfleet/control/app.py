@@ -28,7 +28,7 @@ from comfyfleet.clock import Clock, SystemClock
 from comfyfleet.control.account import Account, WorkerEnvironment, built_in_templates
 from comfyfleet.control.api import account, certificates, endpoints, fleet, insight, templates, workergroups
 from comfyfleet.control.api.calling import ERROR_HANDLERS, Caller
-from comfyfleet.control.api.hot_paths import HotPaths
+from comfyfleet.control.api.hot_paths import HotPaths, posts
 from comfyfleet.control.api.jobs import JobApi
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.certificates import CertificateAuthority
@@ -261,7 +261,7 @@ def build(control: Control) -> ASGIApp:
         routes=[*control.routing.routes(), *jobs.hot_routes(), Mount("/files", app=control.files), Mount("/", app=api)],
         exception_handlers=ERROR_HANDLERS,
     )
-    return HotPaths(app, {("POST", "/v1/jobs"): jobs.submit})
+    return HotPaths(app, {**posts(control.routing.routes()), ("POST", "/v1/jobs"): jobs.submit})
 
 
 async def run_loops(control: Control) -> None:

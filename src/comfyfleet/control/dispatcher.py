@@ -29,6 +29,7 @@ from comfyfleet.control.placements import Placed, TakeRequest
 from comfyfleet.control.records import Endpoint
 from comfyfleet.control.route_queue import Phase, RouteTicket
 from comfyfleet.control.store.base import Store
+from comfyfleet.control.store.connection import ConnectionLost
 from comfyfleet.control.store.ownership_table import Fenced
 from comfyfleet.control.tickets import TICKET_LIFETIME_S, Tickets
 from comfyfleet.control.worker_calls import WorkerCalls
@@ -229,19 +230,11 @@ class Dispatcher:
             self._desk.release(standing.ticket.request_idx)
 
     async def _start(self, head: JobHead, placed: Placed, runs: anyio.abc.TaskGroup) -> None:
-        now = self._clock.now()
-        job = await self._store.lease(
-            Lease(
-                job_id=head.id,
-                token=self._ids.token(),
-                leased_at=now,
-                expires_at=now + LEASE_S,
-                worker_id=placed.worker_id,
-                worker_url=placed.answer.url,
-                request_idx=placed.answer.request_idx,
-            ),
-            fence=self._ownership.fence(head.endpoint_id),
-        )
+        try:
+            job = await self._leased(head, placed)
+        except (Fenced, NotOwner):
+            self._desk.release(placed.answer.request_idx)
+            raise
         self._backlog.remove(head.endpoint_id, head.scope, head.cost)
         if job is None:  # cancelled in between
             self._desk.release(placed.answer.request_idx)
@@ -249,6 +242,31 @@ class Dispatcher:
         self._feed.news(job.id)
         self._held.add(job.id)
         runs.start_soon(self._run, job, placed.answer, name=f"job {job.id}")
+
+    async def _leased(self, head: JobHead, placed: Placed) -> Job | None:
+        """The lease, however long the database is away meanwhile; None: somebody else has the job, or it is over."""
+        token = self._ids.token()
+        while True:
+            now = self._clock.now()
+            lease = Lease(
+                job_id=head.id,
+                token=token,
+                leased_at=now,
+                expires_at=now + LEASE_S,
+                worker_id=placed.worker_id,
+                worker_url=placed.answer.url,
+                request_idx=placed.answer.request_idx,
+            )
+            try:
+                job = await self._store.lease(lease, fence=self._ownership.fence(head.endpoint_id))
+                if job is not None:
+                    return job
+                # Ours all the same, where the commit was done and its confirmation lost with the connection.
+                found = await self._store.job(head.id)
+                return found if found is not None and found.lease_token == token else None
+            except ConnectionLost as error:
+                log.warning("dispatch.waits_for_database", error=str(error).strip())
+                await self._clock.sleep(TICK_S)
 
     # --- leased jobs -------------------------------------------------------------------------------------------------
 

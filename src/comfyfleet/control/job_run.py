@@ -286,11 +286,16 @@ class JobRun:
                     error=error,
                     now=now,
                 )
-            )
+            ) or await self._saved(partial(self._is_written, status, now))
         if not is_ours:
             return RunOutcome(job=self._job, status=None, reason="the lease was lost")
         began = self._job.started_at or self._began_at or now
         return RunOutcome(job=self._job, status=status, seconds=now - began)
+
+    async def _is_written(self, status: JobStatus, finished_at: float) -> bool:
+        """Our end is there already: the commit was done and its confirmation lost with the connection."""
+        job = await self._store.job(self._job.id)
+        return job is not None and (job.status, job.finished_at) == (status, finished_at)
 
     async def _saved(self, change: Callable[[], Awaitable[bool]]) -> bool:
         """Make the change, however long the database is away meanwhile."""

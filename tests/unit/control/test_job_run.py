@@ -12,6 +12,7 @@ from comfyfleet.control.job_feed import JobFeed
 from comfyfleet.control.job_run import JobRun
 from comfyfleet.control.jobs import Job, Lease, rank
 from comfyfleet.control.keys import Vault
+from comfyfleet.control.store.connection import ConnectionLost
 from comfyfleet.control.store.store import open_sqlite
 from comfyfleet.control.worker import Worker
 from comfyfleet.control.worker_states import WorkerState
@@ -124,6 +125,27 @@ async def test_an_input_that_was_sealed_whole_reaches_the_worker_whole(tmp_path)
         await leased.run.run(worker.ticket())
 
     assert worker.heard[0][1]["payload"]["input"] == {**given, "request_id": "j"}
+
+
+async def test_an_end_whose_confirmation_was_lost_with_the_connection_counts_as_ours(tmp_path):
+    async with HttpWorker() as worker, Leased(tmp_path, worker) as leased:
+        worker.answers["/generate"] = (200, DONE, {})
+        finish, lost = leased.store.finish, []
+
+        async def finish_unheard(*args, **kwargs):
+            done = await finish(*args, **kwargs)
+            if not lost:
+                lost.append(done)
+                raise ConnectionLost("cut off after the commit")
+            return done
+
+        leased.store.finish = finish_unheard
+
+        outcome = await leased.run.run(worker.ticket())
+
+        assert lost == [True]
+        assert outcome.status is JobStatus.COMPLETED
+        assert [event.kind for event in await leased.store.events("j")].count("completed") == 1
 
 
 async def test_a_busy_worker_gives_the_job_back_for_as_long_as_it_said(tmp_path):

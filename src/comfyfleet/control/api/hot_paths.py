@@ -5,15 +5,25 @@ What is not among them, or asked with another method, goes the app's way; so doe
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from comfyfleet.control.api.calling import error_response
 
 Handler = Callable[[Request], Awaitable[Response]]
+
+
+def posts(routes: Iterable[BaseRoute]) -> dict[tuple[str, str], Handler]:
+    """The handlers of what is posted to a fixed path."""
+    return {
+        ("POST", route.path): route.endpoint
+        for route in routes
+        if isinstance(route, Route) and "POST" in (route.methods or ()) and not route.param_convertors
+    }
 
 
 class HotPaths:

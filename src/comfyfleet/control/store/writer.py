@@ -118,6 +118,8 @@ class Database:
             connection = self._reading.get()
             try:
                 return work(connection)
+            except ConnectionLost:  # perhaps long ago, unnoticed: a new one is opened
+                return work(connection)
             finally:
                 self._reading.put(connection)
 
@@ -171,7 +173,10 @@ class Database:
 
 
 def _run(connection: Connection, group: list[_Request[Any, Any]]) -> None:
-    connection.begin()
+    try:
+        connection.begin()
+    except ConnectionLost:  # perhaps long ago, unnoticed: a new one is opened, and nothing was done on the old one
+        connection.begin()
     try:
         for batch, requests in _by_batch(group).items():
             outcomes = batch(connection, [request.item for request in requests])
