@@ -245,8 +245,8 @@ class Lifecycle:
             return
         # Written down before it runs: a control plane that is killed here would refuse what it started itself.
         await self._store.put(worker_row(worker))
-        await self._provider.stop(worker_id)
         try:
+            await self._provider.stop(worker_id)
             await self._provider.start(self._spec(worker))
         except NoCapacity as error:
             self._without_room(worker_id, error.message)

@@ -32,7 +32,7 @@ from comfyfleet.wire.errors import FleetError, NotFound, Unavailable
 LOOK_EVERY_S = 0.5
 LOOK_LIMIT_S = 4.0
 GIVE_UP_S = 10.0
-FIRST_LOOK_S = 60.0
+FIRST_LOOK_S = 20.0
 CALL_S = 30.0
 # Of this process's environment, what every worker gets wherever it runs.
 _SHARED = ("S3_", "WEBHOOK_", "HF_", "CIVITAI_", "COMFYFLEET_ENGINE_COMMAND", "COMFYFLEET_ALLOWED_PRIVATE_HOSTS")
@@ -105,6 +105,7 @@ class RayFleet:
         return self._events.all()
 
     async def create(self, spec: WorkerSpec) -> None:
+        await self._watching()
         await self._place("create", spec)
 
     async def start(self, spec: WorkerSpec) -> None:
@@ -114,6 +115,8 @@ class RayFleet:
         await self._place("start", spec)
 
     async def _place(self, op: str, spec: WorkerSpec) -> None:
+        if self._trouble:
+            raise NoCapacity(self._trouble)
         try:
             await self._ask(Question(number=0, op=op, spec=spec), CALL_S)
         except NoCapacity as problem:
@@ -135,8 +138,10 @@ class RayFleet:
         known = self._known.get(worker_id)
         if known is None or known.seen.presence is Presence.STOPPED:
             return
-        with contextlib.suppress(LinkDown):  # a worker of a lost machine or head: fenced, if it runs at all
+        try:
             await self._ask(Question(number=0, op="stop", worker_id=worker_id, grace_s=grace_s), grace_s + 60.0)
+        except LinkDown as problem:  # it may run on: not stopped, and not to be started a second time either
+            raise NoCapacity(problem.message) from problem
         stopped = FleetWorker(id=worker_id, presence=Presence.STOPPED, started_at=known.seen.started_at)
         with self._lock:
             self._known[worker_id] = Known(seen=stopped, node_id=known.node_id, incarnation=known.incarnation)

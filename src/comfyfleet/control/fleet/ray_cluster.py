@@ -6,6 +6,7 @@ Nothing here decides how many workers there should be, and Ray decides where one
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from comfyfleet.control.fleet.ray_node import NodeWorker, WorkerPlan
 from comfyfleet.control.fleet.ray_view import RAM_RESOURCE, Look, NodeView, Placed, Placing, node_view
 
 ASK_S = 1.5
+PROBE_S = 0.3
 ROOM_WAIT_S = 3.0
 PLACE_LIMIT_S = 30.0
 ADOPT_EVERY_S = 10.0
@@ -36,6 +38,7 @@ class _Keeper:
         self.question: Any = None
         self.workers: dict[int, NodeWorker] = {}
         self.is_heard = False
+        self.has_answered = False  # the last time it was asked
 
 
 class Cluster:
@@ -50,6 +53,7 @@ class Cluster:
         self._placing: dict[int, Placing] = {}
         self._gpus_coming: dict[int, float] = {}
         self._adopted_at: dict[int, float] = {}
+        self._gone: set[str] = set()
         self._looking = threading.Lock()
 
     def connect(self) -> None:
@@ -69,6 +73,7 @@ class Cluster:
             rows = ray.nodes()
             free = _free_resources()
             self._ask_keepers([row["NodeID"] for row in rows if row["Alive"] and row["Resources"].get("GPU")])
+            rows = [{**row, "Alive": row["Alive"] and not self._is_gone(row)} for row in rows]
             views = [
                 node_view(row, free.get(row["NodeID"], {}), is_heard=self._is_heard(row["NodeID"])) for row in rows
             ]
@@ -89,6 +94,22 @@ class Cluster:
             )
             return Look(nodes=nodes, placed=tuple(placed), placing=tuple(self._placing.values()))
 
+    def _is_gone(self, row: Mapping[str, Any]) -> bool:
+        """Ray takes 15 s to call a machine dead. A keeper that does not answer, on a machine that refuses connections
+        to its raylet's port, says so at once: that raylet is no more, and never comes back under this id."""
+        number = str(row["NodeID"])
+        keeper = self._keepers.get(number)
+        if number not in self._gone and keeper is not None and not keeper.has_answered:
+            try:
+                socket.create_connection((row["NodeManagerAddress"], row["NodeManagerPort"]), PROBE_S).close()
+            except ConnectionRefusedError:
+                self._gone.add(number)
+            except OSError:
+                return False  # unreachable may be a moment's trouble: Ray decides
+        if number in self._gone:
+            self._keepers.pop(number, None)
+        return number in self._gone
+
     def _is_heard(self, node_id: str) -> bool:
         keeper = self._keepers.get(node_id)
         return keeper is not None and keeper.is_heard
@@ -97,6 +118,8 @@ class Cluster:
         for node_id in [known for known in self._keepers if known not in alive]:
             del self._keepers[node_id]
         for node_id in alive:
+            if node_id in self._gone:
+                continue
             keeper = self._keepers.setdefault(node_id, _Keeper(None))
             if keeper.handle is None:
                 keeper.handle = self._actor(
@@ -109,6 +132,7 @@ class Cluster:
             return
         ready, _ = ray.wait(questions, num_returns=len(questions), timeout=ASK_S)
         for keeper in self._keepers.values():
+            keeper.has_answered = False
             if keeper.question not in ready:
                 continue
             question, keeper.question = keeper.question, None
@@ -118,7 +142,7 @@ class Cluster:
                 keeper.handle = None  # it died; the next look makes another
             else:
                 keeper.workers = {worker.seen.id: worker for worker in told}
-                keeper.is_heard = True
+                keeper.is_heard = keeper.has_answered = True
 
     def _adopt(self, placed: Sequence[Placed]) -> None:
         """Give a process that runs without a place in this cluster its place: a lost cluster or actor had it."""
@@ -157,7 +181,7 @@ class Cluster:
         options: dict[str, Any] = {"num_gpus": spec.num_gpus}
         if home in {node.id for node in room}:
             options["node_id"] = home
-        elif len(fits) < sum(bool(node.facts.gpus) for node in self.look().nodes if node.facts.is_alive):
+        else:
             options["label_selector"] = {"ray.io/node-id": f"in({','.join(node.id for node in fits)})"}
         if spec.gpu_ram_gb and all(node.has_ram for node in fits):
             options["resources"] = {RAM_RESOURCE: spec.gpu_ram_gb * spec.num_gpus}
