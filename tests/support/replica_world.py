@@ -130,8 +130,15 @@ class ReplicaWorld:
 
     def owned(self, plane: ControlPlane) -> int:
         """How many endpoints that replica says it owns; 0 for one that does not answer."""
+        return self._health(plane, "endpoints")
+
+    def replicas_seen_by(self, plane: ControlPlane) -> int:
+        """How many are alive as far as it knows, itself included."""
+        return self._health(plane, "replicas")
+
+    def _health(self, plane: ControlPlane, name: str) -> int:
         try:
-            return plane.call("GET", "/health", key="")[1]["replica"]["endpoints"]
+            return plane.call("GET", "/health", key="")[1]["replica"][name]
         except (OSError, http.client.HTTPException):
             return 0
 

@@ -113,9 +113,10 @@ class Dispatcher:
             while True:
                 try:
                     if self._begun:
-                        begun, self._begun, next_sync = self._begun, set(), 0.0
+                        begun, next_sync = frozenset(self._begun), 0.0
                         leased = await self._store.leased()
                         await self._take_over(runs, [job for job in leased if job.endpoint_id in begun])
+                        self._begun -= begun
                     if self._clock.now() >= next_sync or self._is_due_again():
                         self._is_stale, self._synced_at = False, self._clock.now()
                         next_sync = self._synced_at + self._resync_every_s
