@@ -17,9 +17,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from support.control_plane import ControlPlane
+from comfyfleet.testing.processes import free_port
 from support.fleet_world import FleetWorld, a_graph, asked
 from support.http_calls import post_json
+from support.yardstick import Yardstick
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
@@ -41,6 +42,12 @@ def renders(world: FleetWorld) -> int:
     """Renders that any engine of this world ever began."""
     lines = world.ledger.read_text().splitlines() if world.ledger.exists() else []
     return sum(line.startswith("start") and "canary" not in line for line in lines)
+
+
+def worker_pids(world: FleetWorld) -> dict[str, int]:
+    """Worker id -> the pid of its process."""
+    paths = (world.plane.folder / "workers").glob("*/local.json")
+    return {path.parent.name: json.loads(path.read_text())["pid"] for path in paths}
 
 
 def test_checklist_25_our_worker_refuses_a_ticket_that_is_not_for_this_request(world: FleetWorld) -> None:
@@ -126,24 +133,26 @@ def test_checklist_38_a_refused_workflow_is_one_4xx_and_no_execution(world: Flee
 
 
 def test_checklist_41_cancelling_frees_the_worker_within_two_seconds(world: FleetWorld) -> None:
-    asked(
-        world,
-        """
+    with Yardstick() as machine:
+        freed_s, result = asked(
+            world,
+            """
         task = asyncio.ensure_future(endpoint.request("/generate/sync", PAYLOAD))
-        await asyncio.sleep(2)
+        while not any(w.reqs_working for w in await endpoint.get_workers()):
+            await asyncio.sleep(0.05)
         task.cancel()
-        RESULT = None
+        cancelled_at = time.monotonic()
+        while any(w.reqs_working for w in await endpoint.get_workers()):
+            await asyncio.sleep(0.05)
+        RESULT = [time.monotonic() - cancelled_at, await endpoint.request("/generate/sync", NEXT)]
         """,
-        PAYLOAD=payload(a_graph(14, sleep_s=60)),
-    )
-    began = time.monotonic()
+            PAYLOAD=payload(a_graph(14, gate="never")),
+            NEXT=payload(a_graph(15)),
+        )
 
-    result = asked(world, 'RESULT = await endpoint.request("/generate/sync", PAYLOAD)', PAYLOAD=payload(a_graph(15)))
-
-    assert result["ok"]
-    # The grace for a caller that comes straight back, the cancel itself, and the new client's own start.
-    assert time.monotonic() - began < 20
-    assert all(row["reqs_working"] == 0 for row in world.worker_rows()) or renders(world)
+    assert result["ok"]  # the engine was stopped: the first one would hold it for ever
+    # What a listing shows is as old as the worker's last report: a second.
+    assert freed_s - 1.0 < 2 * machine.slowdown
 
 
 def test_checklist_42_a_timeout_ends_the_wait_for_a_worker_that_never_comes(world: FleetWorld) -> None:
@@ -212,9 +221,7 @@ class _LateControlPlane(BaseHTTPRequestHandler):
 
 
 def test_checklist_62_our_worker_waits_for_its_control_plane_as_long_as_it_takes(tmp_path: Path) -> None:
-    spare = ControlPlane(tmp_path / "unused")  # reserves a port that nobody answers yet
-    port = spare.port
-    spare.close()
+    port, agent, side, wrapper, engine = (free_port() for _ in range(5))
     _LateControlPlane.pem = (
         Ed25519PrivateKey.generate().public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     )
@@ -226,11 +233,11 @@ def test_checklist_62_our_worker_waits_for_its_control_plane_as_long_as_it_takes
             "CONTAINER_ID": "7",
             "REPORT_ADDR": f"http://127.0.0.1:{port}",
             "MASTER_TOKEN": "m",
-            "WORKER_PORT": str(port + 1),
-            "WORKER_HTTP_PORT": str(port + 2),
+            "WORKER_PORT": str(agent),
+            "WORKER_HTTP_PORT": str(side),
             "COMFYFLEET_DATA_DIR": str(tmp_path / "data"),
-            "COMFYFLEET_WRAPPER_PORT": str(port + 3),
-            "COMFYFLEET_ENGINE_PORT": str(port + 4),
+            "COMFYFLEET_WRAPPER_PORT": str(wrapper),
+            "COMFYFLEET_ENGINE_PORT": str(engine),
             "COMFYFLEET_ENGINE_COMMAND": command,
         },
         stdout=subprocess.DEVNULL,
@@ -248,7 +255,7 @@ def test_checklist_62_our_worker_waits_for_its_control_plane_as_long_as_it_takes
         Thread(target=server.serve_forever, daemon=True).start()
         drain = Thread(target=worker.stderr.read, daemon=True)
         drain.start()
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while not any(report.get("max_perf", 0) > 0 for report in _LateControlPlane.reports):
             assert time.monotonic() < until, _LateControlPlane.reports[-3:]
             time.sleep(0.1)
@@ -257,8 +264,8 @@ def test_checklist_62_our_worker_waits_for_its_control_plane_as_long_as_it_takes
         server.server_close()
     finally:
         worker.terminate()
-        worker.wait(timeout=20)
-        drain.join(timeout=5)
+        worker.wait(timeout=90)
+        drain.join(timeout=60)
         worker.stderr.close()
 
 
@@ -266,22 +273,19 @@ def test_checklist_63_after_a_restart_of_the_control_plane_workers_are_routable_
     world: FleetWorld,
 ) -> None:
     before = {row["id"]: row for row in world.worker_rows()}
-    pids = {
-        path.parent.name: json.loads(path.read_text())["pid"]
-        for path in (world.plane.folder / "workers").glob("*/local.json")
-    }
+    pids = worker_pids(world)
 
     world.plane.kill()
-    world.plane.start()
-    world.until_ready(limit_s=12)
+    killed = time.monotonic()
+    with Yardstick() as machine:
+        world.plane.start()
+        world.until_ready()
+    assert time.monotonic() - killed < 12 * machine.slowdown
 
     after = {row["id"]: row for row in world.worker_rows()}
     assert {i: row["measured_perf"] for i, row in after.items()} == pytest.approx(
         {i: row["measured_perf"] for i, row in before.items()}
     )
-    assert {
-        path.parent.name: json.loads(path.read_text())["pid"]
-        for path in (world.plane.folder / "workers").glob("*/local.json")
-    } == pids
+    assert worker_pids(world) == pids
     result = asked(world, 'RESULT = await endpoint.request("/generate/sync", PAYLOAD)', PAYLOAD=payload(a_graph(17)))
     assert result["ok"]

@@ -56,7 +56,9 @@ class FleetWorld:
         )
 
     def start(self) -> FleetWorld:
-        self.plane.start()
+        """The control plane, unless it runs already, the endpoint `comfy`, and its workers, ready."""
+        if self.plane.process is None:
+            self.plane.start()
         body = {
             "endpoint_name": "comfy",
             "cold_workers": self.workers,

@@ -15,9 +15,10 @@ from comfyfleet.testing.processes import free_port
 from support.vastai import vastai_python
 
 _SCRIPT = """
-import sys
+import sys, time
 from vastai import Worker, WorkerConfig, HandlerConfig, LogActionConfig, BenchmarkConfig
 port, log = int(sys.argv[1]), sys.argv[2]
+open("began", "w").write(repr(time.time()))  # Python and its imports are up: from here on it is the framework
 Worker(WorkerConfig(
     model_server_url="http://127.0.0.1", model_server_port=port, model_log_file=log,
     model_healthcheck_url="/health",
@@ -82,7 +83,8 @@ class PublicWorker:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = folder / "model.log"
-        self._log.write_text("MODEL READY\n")
+        self._log.touch()
+        self._folder = folder
         self.output = folder / "worker.out"
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
         with self.output.open("wb") as output:
@@ -103,6 +105,19 @@ class PublicWorker:
                 stdout=output,
                 stderr=output,
             )
+
+    def framework_began_at(self) -> float:
+        """Epoch s; 0 while it has not."""
+        try:
+            return float((self._folder / "began").read_text())
+        except (OSError, ValueError):
+            return 0.0
+
+    def load(self) -> float:
+        """The model says it is loaded: the load line is written. Epoch s."""
+        with self._log.open("a") as log:
+            log.write("MODEL READY\n")
+        return time.time()
 
     def close(self) -> None:
         self.process.kill()

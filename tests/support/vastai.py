@@ -6,8 +6,9 @@
     ''', base=url, key=key)
 
 The snippet is the body of an async function; it leaves its answer in `RESULT`. `BASE`, `KEY` and everything passed as
-`values` are at hand, and so are `Serverless`, `VastAI`, `asyncio`, `json`, `time`, and `called(path)`: when each HTTP
-call of the client to that path began. An exception ends the test with its traceback.
+`values` are at hand, and so are `Serverless`, `VastAI`, `asyncio`, `json`, `time`, and `called(path)`: [url, began,
+seconds, status] of each HTTP call to that path (None and 0 while under way, 0 for one without an answer). An exception
+ends the test with its traceback.
 """
 
 from __future__ import annotations
@@ -34,13 +35,19 @@ import aiohttp
 CALLS = []
 
 async def _counted(self, method, url, _inner=aiohttp.ClientSession._request, **options):
-    CALLS.append((str(url), time.monotonic()))
-    return await _inner(self, method, url, **options)
+    call = [str(url).split("?")[0], time.monotonic(), None, 0]
+    CALLS.append(call)
+    try:
+        answer = await _inner(self, method, url, **options)
+        call[3] = answer.status
+        return answer
+    finally:
+        call[2] = time.monotonic() - call[1]
 
 aiohttp.ClientSession._request = _counted
 
 def called(path):
-    return [at for url, at in CALLS if url.split("?")[0].endswith(path)]
+    return [call for call in CALLS if call[0].endswith(path)]
 
 async def main():
     RESULT = None
