@@ -276,7 +276,7 @@ class _Run:
         files = {
             str(inputs[name])
             for name, declared in declaration.inputs.items()
-            if isinstance(declared.options, ModelFiles)
+            if isinstance(declared.options, ModelFiles) and inputs[name] not in declared.options.built_in
         }
         if not files or not isinstance(given, tuple):
             return
@@ -330,8 +330,9 @@ class _Run:
                     stack.append(source)
             for name, declared in self._declaration(node["class_type"]).inputs.items():
                 value = node["inputs"].get(name)
-                if isinstance(declared.options, ModelFiles) and isinstance(value, str):
-                    found.append((declared.options.folder, value))
+                options = declared.options
+                if isinstance(options, ModelFiles) and isinstance(value, str) and value not in options.built_in:
+                    found.append((options.folder, value))
         return found
 
     # What a signature asks

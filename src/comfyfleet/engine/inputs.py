@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from comfyfleet.engine.registry import Declaration, Folders, Input, InputFiles, ModelFiles
+from comfyfleet.engine.registry import Folders, Input, InputFiles, ModelFiles
 
 MAX_LISTED_OPTIONS = 20  # longer lists are not repeated in an error
 
@@ -23,8 +23,8 @@ def complaint(kind: str, message: str, details: str, extra_info: Mapping[str, An
 def options_of(declared: Input, folders: Folders) -> list[Any]:
     """What may be chosen now."""
     match declared.options:
-        case ModelFiles(folder=folder):
-            return list(folders.model_names(folder))
+        case ModelFiles(folder=folder, built_in=built_in):
+            return [*folders.model_names(folder), *built_in]
         case InputFiles(media=media):
             return list(folders.input_names(media))
         case None:
@@ -135,27 +135,3 @@ def nearest(value: Any, names: Iterable[Any]) -> str | None:
 def _offer(value: Any, names: Iterable[Any]) -> dict[str, str]:
     found = nearest(value, names)
     return {"nearest": found, "hint": f"did you mean '{found}'?"} if found is not None else {}
-
-
-def object_info(declaration: Declaration, folders: Folders) -> dict[str, Any]:
-    """A node as `GET /object_info` describes it."""
-    described: dict[str, dict[str, Any]] = {"required": {}, "optional": {}}
-    for name, declared in declaration.inputs.items():
-        described["required" if declared.required else "optional"][name] = input_config(declared, folders)
-    if not described["optional"]:
-        del described["optional"]
-    if declaration.hidden:
-        described["hidden"] = dict(declaration.hidden)
-    return {
-        "input": described,
-        "input_order": {group: list(names) for group, names in described.items()},
-        "output": list(declaration.outputs),
-        "output_is_list": [False] * len(declaration.outputs),
-        "output_name": list(declaration.output_names),
-        "name": declaration.name,
-        "display_name": declaration.display_name,
-        "description": declaration.description,
-        "python_module": "nodes",
-        "category": declaration.category,
-        "output_node": declaration.is_output,
-    }

@@ -121,6 +121,7 @@ class ModelFiles(msgspec.Struct, frozen=True, tag="model_files"):
     """
 
     folder: str
+    built_in: tuple[str, ...] = ()  # names that are no files: the engine has what they mean
 
 
 class InputFiles(msgspec.Struct, frozen=True, tag="input_files"):

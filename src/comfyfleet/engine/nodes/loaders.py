@@ -11,6 +11,7 @@ from comfyfleet.engine.models.open_file import (
     open_vae,
     with_lora,
 )
+from comfyfleet.engine.models.pixel_space import PIXEL_SPACE, PixelSpace
 from comfyfleet.engine.registry import Input, ModelFiles, NodeRegistry, NodeRun, choice, link, real
 from comfyfleet.engine.values import AudioAutoencoder, Autoencoder, DiffusionModel, TextEncoder
 
@@ -78,12 +79,14 @@ def clip_loader(run: NodeRun, *, clip_name: str, type: str, device: str = "defau
 
 @NODES.node(
     "VAELoader",
-    inputs={"vae_name": choice(ModelFiles("vae"))},
+    inputs={"vae_name": choice(ModelFiles("vae", built_in=(PIXEL_SPACE,)))},
     outputs=["VAE"],
     category="loaders",
     display_name="Load VAE",
 )
 def vae_loader(run: NodeRun, *, vae_name: str) -> tuple[Autoencoder]:
+    if vae_name == PIXEL_SPACE:
+        return (PixelSpace(),)
     return (open_vae(run.folders.model_path("vae", vae_name), run.device),)
 
 

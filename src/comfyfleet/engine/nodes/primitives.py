@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from comfyfleet.engine.registry import Input, NodeRegistry, NodeRun, Shown, boolean, integer, link, real, text
+from comfyfleet.engine.registry import Input, NodeRegistry, NodeRun, Shown, link
 
 NODES = NodeRegistry()
 WHOLE = 2**63 - 1
+COUNTED = {"control_after_generate": True}
 PRIMITIVES: dict[str, tuple[str, str, Input]] = {
-    "PrimitiveString": ("String", "STRING", text()),
-    "PrimitiveStringMultiline": ("String (Multiline)", "STRING", text(multiline=True)),
-    "PrimitiveInt": ("Int", "INT", integer(0, -WHOLE, WHOLE, control_after_generate=True)),
-    "PrimitiveFloat": ("Float", "FLOAT", real(0.0, -WHOLE, WHOLE)),
-    "PrimitiveBoolean": ("Boolean", "BOOLEAN", boolean()),
+    "PrimitiveString": ("String", "STRING", Input(kind="STRING")),
+    "PrimitiveStringMultiline": ("String (Multiline)", "STRING", Input(kind="STRING", details={"multiline": True})),
+    "PrimitiveInt": (
+        "Int",
+        "INT",
+        Input(kind="INT", minimum=-WHOLE, maximum=WHOLE, details=COUNTED),
+    ),
+    "PrimitiveFloat": ("Float", "FLOAT", Input(kind="FLOAT", minimum=-WHOLE, maximum=WHOLE)),
+    "PrimitiveBoolean": ("Boolean", "BOOLEAN", Input(kind="BOOLEAN")),
 }
 
 

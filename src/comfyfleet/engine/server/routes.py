@@ -15,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from comfyfleet.engine.description import object_info
 from comfyfleet.engine.folders import MODEL_FOLDERS
-from comfyfleet.engine.inputs import object_info
 from comfyfleet.engine.server.answers import MAX_BODY_BYTES, bad_request, empty, json_answer, read_json
 from comfyfleet.engine.server.engine import Engine
 from comfyfleet.engine.server.page import page
