@@ -5,6 +5,7 @@ python -m bench._route_server bare|ours PORT FOLDER ENDPOINTS WORKERS
 
 from __future__ import annotations
 
+import gc
 import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -94,5 +95,8 @@ def ours(folder: Path, endpoints: int, workers: int) -> HotPaths:
 if __name__ == "__main__":
     logs.configure(level="error")
     kind, port, folder, endpoints, workers = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:6])
+    # As `control.app.serve` does.
+    sys.setswitchinterval(0.0005)
     app = bare() if kind == "bare" else ours(folder, endpoints, workers)
+    gc.freeze()
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="error", access_log=False, loop="uvloop", http="httptools")

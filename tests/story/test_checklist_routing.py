@@ -367,3 +367,30 @@ def test_checklist_40_a_worker_killed_in_mid_job_leaves_routing_and_the_job_ends
 
     assert result["response"] == {"who": "second"}
     assert ready(plane, endpoint)["url"] != first.url
+
+
+def test_a_key_over_its_rate_waits_in_the_real_client_and_is_told_why(plane, endpoint, workers):
+    worker = workers(endpoint, score=100.0)
+    body = {"name": "limited", "scopes": ["route", "read"], "limits": {"requests_per_s": 0.5, "burst": 1}}
+    status, made = plane.call("POST", "/v1/keys", body)
+    assert status == 200, made
+
+    asked = urllib.request.Request(
+        f"{plane.base}/route/",
+        data=json.dumps({"endpoint": endpoint, "api_key": made["key"]}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    answers = []
+    for _ in range(2):
+        with urllib.request.urlopen(asked, timeout=30) as answer:
+            answers.append((answer.status, answer.headers["Retry-After"], json.load(answer)))
+    result = request_through_client(plane, endpoint, timeout=60.0, key=made["key"])
+
+    (_, _, first), (status, retry_after, second) = answers
+    assert "url" in first
+    assert status == 200
+    assert "url" not in second
+    assert "0.5 requests a second" in second["reason"]
+    assert int(retry_after) >= 1
+    assert result["ok"] is True, "the unmodified client waited for its turn"
+    assert len(worker.calls) == 1

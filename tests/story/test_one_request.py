@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import anyio
 import pytest
 
 from comfyfleet import Serverless
@@ -202,6 +204,37 @@ async def test_an_unreachable_s3_does_not_lose_the_song(machine: Machine) -> Non
     assert outcome["response"]["status"] == "completed"
     assert outcome["response"]["output"][0]["upload_error"]
     assert "very-secret-value" not in json.dumps(outcome["response"])
+
+
+async def test_the_router_knows_what_the_worker_has_in_memory_and_what_such_a_workflow_costs(machine: Machine) -> None:
+    song = small_song()
+    (checkpoint,) = {
+        value for node in song.values() for value in node["inputs"].values() if str(value).endswith(".safetensors")
+    }
+    for seed in range(4):  # one that loads the model, and three that show what it costs without
+        song = {
+            node_id: {**node, "inputs": {**node["inputs"], **({"seed": seed} if "seed" in node["inputs"] else {})}}
+            for node_id, node in song.items()
+        }
+        assert (await ask(machine, document_payload(song)))["ok"]
+
+    async def warm(client: Serverless) -> bool:
+        return checkpoint in (await client.get("/v1/workers"))["workers"][0]["warm_models"]
+
+    async def known(client: Serverless) -> bool:
+        endpoint = await client.get_endpoint(name="comfyui-json")
+        outcome = await endpoint.request("/generate/sync", document_payload(song), cost=12_345.0)
+        return 0 < outcome["auth_data"]["cost"] < 12_345.0
+
+    async with Serverless(machine.key, url=machine.url) as client:
+        await soon(warm, client)
+        await soon(known, client)  # what was learned stands over the caller's guess, and the ticket says it
+
+
+async def soon(is_so: Callable[[Serverless], Awaitable[bool]], client: Serverless) -> None:
+    with anyio.fail_after(60, reason=f"{is_so.__name__} never came true"):
+        while not await is_so(client):  # noqa: ASYNC110 - nothing tells when a worker's next report has come
+            await anyio.sleep(0.2)
 
 
 async def test_a_second_up_says_that_one_runs_and_where(machine: Machine) -> None:

@@ -35,6 +35,7 @@ from comfyfleet.control.certificates import CertificateAuthority
 from comfyfleet.control.durable import DurablePlane, outreach
 from comfyfleet.control.fleet.base import FleetProvider
 from comfyfleet.control.fleet.local import LocalFleet, LocalSettings
+from comfyfleet.control.fleet.machine import this_machine
 from comfyfleet.control.fleet.ray import ray_fleet
 from comfyfleet.control.forwarding import App
 from comfyfleet.control.fresh_links import FreshLinks
@@ -200,6 +201,7 @@ def _provider(settings: ControlSettings, clock: Clock, ids: Ids, files_key: byte
             data_dir=settings.data_dir,
             report_url=settings.report_url or settings.base_url,
             slots=max(1, settings.max_workers),
+            machine=this_machine("127.0.0.1", max(1, settings.max_workers)),
             base_environment=settings.inherited,
             own_environment={
                 "COMFYFLEET_DATA_DIR": str(settings.data_dir),

@@ -233,7 +233,7 @@ def _grow(frame: Frame) -> list[Action]:
     wanted = max(workers_for(missing, frame.perf), frame.floor - len(active))
     if not _is_score_known(inputs):
         # Nobody knows yet what a worker can do here: learn from a few first.
-        wanted = min(wanted, max(0, group.test_workers - len(active)))
+        wanted = min(wanted, max(0, max(1, group.test_workers) - len(active)))
     room = inputs.policy.max_workers - len(inputs.workers)
     actions.extend(Action(verb=Verb.CREATE, group_id=group.id) for _ in range(min(wanted, max(0, room))))
     return actions

@@ -11,13 +11,16 @@ from comfyfleet.control.worker_states import ACTIVE, BOOTING, WorkerState
 
 # A started process that has not reported once by then never will.
 FIRST_REPORT_LIMIT_S = 120.0
-# Even a worker that reports must become ready some time.
+# Even a worker that reports must become ready some time: later where there is much to download.
 START_LIMIT_S = 2 * 3600.0
+DOWNLOAD_S_PER_GB = 120.0
 _HANDLED = (WorkerState.ERROR, WorkerState.STOPPING, WorkerState.STOPPED, WorkerState.DESTROYING, WorkerState.PENDING)
 
 
-def ailment(worker: Worker, present: FleetWorker | None, *, has_provider: bool, now: float) -> str:
-    """Why this worker cannot go on as it is, or ""."""
+def ailment(
+    worker: Worker, present: FleetWorker | None, *, has_provider: bool, now: float, download_gb: float = 0.0
+) -> str:
+    """Why this worker cannot go on as it is, or "". download_gb: what it may have to fetch first (`gpu_ram`)."""
     if worker.state in _HANDLED:
         return ""
     if has_provider and not worker.is_foreign:
@@ -34,6 +37,7 @@ def ailment(worker: Worker, present: FleetWorker | None, *, has_provider: bool, 
         return f"no report within {FIRST_REPORT_LIMIT_S:.0f} s of its start" if since_s > FIRST_REPORT_LIMIT_S else ""
     if since_s > LOST_AFTER_S:
         return f"no report for {since_s:.0f} s"
-    if worker.state in BOOTING and worker.started_at and now - worker.started_at > START_LIMIT_S:
-        return f"not ready {START_LIMIT_S / 3600:.0f} h after its start"
+    limit_s = max(START_LIMIT_S, download_gb * DOWNLOAD_S_PER_GB)
+    if worker.state in BOOTING and worker.started_at and now - worker.started_at > limit_s:
+        return f"not ready {limit_s / 3600:.0f} h after its start"
     return ""

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from comfyfleet.clock import Clock
 from comfyfleet.control.demand import Backlog, Demand, Meters
-from comfyfleet.control.limits import Allowance
+from comfyfleet.control.limits import Allowance, Hold
 from comfyfleet.control.load import Booking
 from comfyfleet.control.numbers import Numbers
 from comfyfleet.control.placements import Placed, TakeRequest, Waits, finished_entries, state_counts
@@ -84,11 +84,13 @@ class Desk:
         ticket = self._known(request, now)
         if ticket is None:
             ticket = self._fresh(request, now)
-            if not self.turns.has_room(request.endpoint_id, ticket.lane):
-                return self._waits(request, ticket, now)
-            self.queue.add(ticket)
             if request.request_idx <= 0:
                 self.turns.arrived(ticket, now)
+            if not request.excluded and self.turns.at_once(ticket, now):
+                return self._placed(request, ticket, now)
+            if not self.turns.has_room(request.endpoint_id, ticket.lane):
+                return self._waits(request, ticket, self.turns.outside(ticket))
+            self.queue.add(ticket)
         else:
             ticket.polled_at = now
             ticket.replay_timeout = request.replay_timeout
@@ -96,18 +98,18 @@ class Desk:
             if ticket.phase in (Phase.ASSIGNED, Phase.FINISHED):
                 self._returned(ticket, now)
         for worker_id in request.excluded:
-            ticket.excluded[worker_id] = now + EXCLUDED_S
+            ticket.exclude(worker_id, now + EXCLUDED_S)
         if ticket.phase is Phase.WAITING:
             self.turns.serve(ticket.endpoint_id, now)
         if ticket.phase is Phase.GRANTED and now >= ticket.not_before and self._owns(ticket.endpoint_id):
             worker = self._workers.get(ticket.worker_id)
             if worker is not None:
                 self.queue.leave(ticket, Phase.ASSIGNED, worker.id, now)
-                return Placed(worker_id=worker.id, answer=self._ready(request, ticket, worker, now))
+                return self._placed(request, ticket, now)
             self.queue.wait_again(ticket, now)
         if self.queue.waiting_count(ticket.endpoint_id) == 1:
             self.on_first_wait()
-        return self._waits(request, ticket, now)
+        return self._waits(request, ticket, self.turns.hold(ticket, now))
 
     def release(self, request_idx: int) -> None:
         """The holder of a durable job is done with its booking; the ticket is forgotten in time."""
@@ -163,10 +165,10 @@ class Desk:
             if ticket is not None and ticket.phase is Phase.ASSIGNED and ticket.worker_id == worker.id:
                 self.queue.leave(ticket, Phase.FINISHED, worker.id, now)
                 if entry.status == "Rejected":
-                    ticket.excluded[worker.id] = now + FULL_S
-                    ticket.avoided.add(worker.id)
+                    ticket.exclude(worker.id, now + FULL_S)
+                    ticket.avoided |= {worker.id}
                 elif not entry.success:
-                    ticket.excluded[worker.id] = now + EXCLUDED_S
+                    ticket.exclude(worker.id, now + EXCLUDED_S)
                 elif entry.status != "Cancelled":
                     ticket.preferred = worker.id
             known += booking is not None
@@ -187,7 +189,7 @@ class Desk:
                     self.queue.wait_again(ticket, now)
                 else:
                     self.queue.leave(ticket, Phase.FINISHED, worker_id, now)
-                    ticket.excluded[worker_id] = now + EXCLUDED_S
+                    ticket.exclude(worker_id, now + EXCLUDED_S)
 
     def regrant(self, worker_id: int) -> None:
         """A worker begins to drain: requests booked there whose callers have not heard yet go elsewhere."""
@@ -299,7 +301,7 @@ class Desk:
                 self.queue.leave(ticket, Phase.GRANTED, worker.id, now)
                 return
             load.finish(ticket.request_idx, now)
-            ticket.excluded[worker.id] = now + EXCLUDED_S
+            ticket.exclude(worker.id, now + EXCLUDED_S)
             if was_quick and now - ticket.rejoined_at < REJOIN_S:
                 self._workers.quarantine(worker.id, now)  # cut off in mid-job, and nobody there afterwards
             elif was_quick:
@@ -319,6 +321,10 @@ class Desk:
         if before is not None and now - before < STRIKE_WINDOW_S:
             self._workers.quarantine(worker_id, now)
 
+    def _placed(self, request: TakeRequest, ticket: RouteTicket, now: float) -> Placed:
+        worker = self._workers.known(ticket.worker_id)
+        return Placed(worker_id=worker.id, answer=self._ready(request, ticket, worker, now))
+
     def _ready(self, request: TakeRequest, ticket: RouteTicket, worker: Worker, now: float) -> RouteReady:
         claims = TicketClaims(
             url=worker.url,
@@ -332,8 +338,7 @@ class Desk:
         )
         return self._tickets.admit(claims, self._ids.request_id())
 
-    def _waits(self, request: TakeRequest, ticket: RouteTicket, now: float) -> Waits:
-        hold = self.turns.hold(ticket, now)
+    def _waits(self, request: TakeRequest, ticket: RouteTicket, hold: Hold | None) -> Waits:
         reason = self.why(request.endpoint_id)
         if hold is not None:
             reason = f"{hold.reason}; its next request gets its turn in {hold.wait_s:.1f} s"

@@ -152,19 +152,22 @@ class Lifecycle:
             self._restart(worker, WorkerState.STARTING)
         elif action.verb is Verb.REBOOT:
             self._restart(worker, WorkerState.REBOOTING)
-        await self.advance({})
+        if (current := self._workers.get(worker.id)) is not None:
+            self.advance(current)
 
-    async def advance(self, present: Mapping[int, FleetWorker]) -> None:
-        """Act on every intent that nothing holds back any more."""
-        for worker in self._workers.all():
-            if worker.id in self._under_way or not self._ownership.owns(worker.endpoint_id):
-                continue
-            if worker.state is WorkerState.STOPPING and not worker.intent:
-                self._begin(worker.id, self._stop)  # a restart of the control plane interrupted it
-            elif worker.state is WorkerState.DESTROYING:
-                self._begin(worker.id, self._destroy)
-            elif worker.intent and self._is_free(worker):
-                self._end_drain(worker)
+    def advance(self, worker: Worker) -> None:
+        """Act on what a worker is meant for, when nothing holds it back any more."""
+        if worker.id in self._under_way or not self._ownership.owns(worker.endpoint_id):
+            return
+        if worker.state is WorkerState.STOPPING and not worker.intent:
+            self._begin(worker.id, self._stop)  # a restart of the control plane interrupted it
+        elif worker.state is WorkerState.DESTROYING:
+            self._begin(worker.id, self._destroy)
+        elif worker.intent and self._is_free(worker):
+            self._end_drain(worker)
+
+    def end_unknown(self, present: Mapping[int, FleetWorker]) -> None:
+        """End what the provider runs and nobody has a record of."""
         for worker_id, found in present.items():
             is_new = found.presence is Presence.RUNNING and self._clock.now() - found.started_at < UNRECORDED_S
             if self._workers.get(worker_id) is None and not is_new:

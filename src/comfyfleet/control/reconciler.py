@@ -98,10 +98,13 @@ class Reconciler:
         """One pass over everything."""
         now = self._clock.now()
         present = await self._present()
-        for gone in self._workers.sweep(now):
-            log.info("worker.silent", worker=gone.id)
-        await self._lifecycle.advance(present)
-        self._check_all(present, now)
+        async for worker in self._workers.each():
+            if self._workers.look(worker, now):
+                log.info("worker.silent", worker=worker.id)
+            self._lifecycle.advance(worker)
+            if (current := self._workers.get(worker.id)) is not None:
+                self._check(current, present.get(worker.id), now)
+        self._lifecycle.end_unknown(present)
         endpoints = self._catalog.endpoints()
         self._pass += 1
         stride = 1 + len(endpoints) // STEERED_A_PASS
@@ -134,35 +137,38 @@ class Reconciler:
         self._policies.pop(endpoint_id, None)
         self._said.pop(endpoint_id, None)
 
-    def _check_all(self, present: dict[int, FleetWorker], now: float) -> None:
-        """Find workers that died, fell silent or take too long; learn from those that became ready."""
-        for worker in self._workers.all():
-            if not self._ownership.owns(worker.endpoint_id):
-                continue
-            seen = present.get(worker.id)
-            if seen is not None and seen.price_hour and seen.price_hour != worker.price_hour:
-                worker = self._workers.change(worker.id, now, price_hour=seen.price_hour)
-            if seen is not None and seen.gpu_name and not worker.gpu_name:
-                worker = self._workers.change(worker.id, now, gpu_name=seen.gpu_name)
-            before = self._states.get(worker.id, worker.state)
-            problem = ailment(worker, seen, has_provider=self._provider is not None, now=now)
-            if problem:
-                before = worker.state
-                lost = self._workers.load(worker.id).clear()
-                self._workers.change(worker.id, now, error_msg=problem)
-                failures = worker.failures
-                worker = self._workers.move(worker.id, WorkerState.ERROR, now)
-                if seen is not None and seen.presence is Presence.LOST:
-                    worker = self._workers.change(
-                        worker.id, now, failures=failures
-                    )  # not its fault: started again at once
-                self._desk.lost(worker.id, lost)
-                log.warning("worker.failed", worker=worker.id, why=problem)
-            if worker.perf:
-                self._group_perf[worker.group_id] = worker.perf
-            self._states[worker.id] = worker.state
-            if before is not worker.state:
-                self._learn(worker, before, now)
+    def _check(self, worker: Worker, present: FleetWorker | None, now: float) -> None:
+        """Find out if it died, fell silent or takes too long; learn from it if it became ready."""
+        if not self._ownership.owns(worker.endpoint_id):
+            return
+        if present is not None and present.price_hour and present.price_hour != worker.price_hour:
+            worker = self._workers.change(worker.id, now, price_hour=present.price_hour)
+        if present is not None and present.gpu_name and not worker.gpu_name:
+            worker = self._workers.change(worker.id, now, gpu_name=present.gpu_name)
+        before = self._states.get(worker.id, worker.state)
+        group = self._catalog.workergroup(worker.group_id)
+        problem = ailment(
+            worker,
+            present,
+            has_provider=self._provider is not None,
+            now=now,
+            download_gb=group.gpu_ram if group is not None else 0.0,
+        )
+        if problem:
+            before = worker.state
+            lost = self._workers.load(worker.id).clear()
+            self._workers.change(worker.id, now, error_msg=problem)
+            failures = worker.failures
+            worker = self._workers.move(worker.id, WorkerState.ERROR, now)
+            if present is not None and present.presence is Presence.LOST:  # not its fault: started again at once
+                worker = self._workers.change(worker.id, now, failures=failures)
+            self._desk.lost(worker.id, lost)
+            log.warning("worker.failed", worker=worker.id, why=problem)
+        if worker.perf:
+            self._group_perf[worker.group_id] = worker.perf
+        self._states[worker.id] = worker.state
+        if before is not worker.state:
+            self._learn(worker, before, now)
 
     def _learn(self, worker: Worker, before: WorkerState, now: float) -> None:
         memory = self._memories.get(worker.endpoint_id, Memory())
@@ -194,6 +200,7 @@ class Reconciler:
             GroupFacts(
                 id=group.id,
                 generation=group.update_generation if group.is_updating else 0,
+                test_workers=group.test_workers,
                 perf=self._group_perf.get(group.id, 0.0),
                 is_deleted=group.deleted_at is not None,
             )

@@ -15,6 +15,7 @@ from comfyfleet.control.desk import Desk
 from comfyfleet.control.learned_cost import LearnedCost
 from comfyfleet.control.limits import Limits
 from comfyfleet.control.placements import finished_entries
+from comfyfleet.control.route_queue import RouteTicket
 from comfyfleet.control.scores import Scores
 from comfyfleet.control.worker import Worker
 from comfyfleet.control.worker_states import WorkerState
@@ -74,31 +75,30 @@ class Reports:
     def finished(self, report: FinishedRequests) -> None:
         """Raises Unauthorized, Fenced; unknown tickets are ignored, repeats change nothing."""
         worker = self._workers.fenced(report.worker_id, report.mtoken, report.incarnation)
-        load = self._workers.load(worker.id)
         for entry in finished_entries(report):
-            booking = load.booking(entry.request_idx)
-            if booking is not None:
-                self._ran(worker, entry, booking.cost)
+            # Not by its booking: that is gone when the worker's status, or the end of a durable job, came first.
+            ticket = self._desk.queue.get(entry.request_idx)
+            if ticket is not None and ticket.worker_id == worker.id and not ticket.is_accounted:
+                ticket.is_accounted = True
+                self._ran(worker, entry, ticket)
         self._desk.finished(worker, report)
         self._judge(worker.endpoint_id)
 
-    def _ran(self, worker: Worker, entry: FinishedRequest, cost: float) -> None:
+    def _ran(self, worker: Worker, entry: FinishedRequest, ticket: RouteTicket) -> None:
         """A request is over that was booked there: what its time says of the worker, of its shape, and of its key."""
         # A worker of ours says what its engine took, and 0 where the engine's cache answered.
         seconds = entry.seconds if entry.shape else entry.work_completed_at - entry.work_started_at
         if seconds <= 0 or entry.work_started_at <= 0 or entry.status == "Cancelled":
             return
-        ticket = self._desk.queue.get(entry.request_idx)
-        scope = entry.scope or (ticket.scope if ticket is not None else "")
-        if scope and ticket is not None and not ticket.held:  # a durable job is accounted by who holds its lease
+        if not ticket.held:  # a durable job is accounted by who holds its lease
             now = self._clock.now()
-            self._limits.used_seconds(scope, seconds, now)
-            self.used(KeyUse(worker=worker, scope=scope, seconds=seconds, until=now))
-        if not entry.success or entry.status != "Success" or cost <= 0:
+            self._limits.used_seconds(ticket.scope, seconds, now)
+            self.used(KeyUse(worker=worker, scope=ticket.scope, seconds=seconds, until=now))
+        if not entry.success or entry.status != "Success":
             return
-        if not entry.loaded:
-            self._scores.ran(worker, cost=cost, seconds=seconds)
-        shape = entry.shape or (ticket.shape if ticket is not None else "")
+        if not entry.loaded and ticket.want.cost > 0:
+            self._scores.ran(worker, cost=ticket.want.cost, seconds=seconds)
+        shape = entry.shape or ticket.shape
         self._learned.learn(worker.endpoint_id, shape, seconds=seconds, score=worker.measured_perf, loaded=entry.loaded)
 
     def _judge(self, endpoint_id: int) -> None:

@@ -18,8 +18,10 @@ import anyio
 
 from comfyfleet.control.router import Want
 
-# How long a request that has its worker is remembered after its last sign of life.
+# How long a request that has its worker is remembered after its last sign of life, and one that is finished.
 KEPT_S = 900.0
+FINISHED_KEPT_S = 180.0
+_NOBODY: frozenset[int] = frozenset()
 
 
 class Phase(StrEnum):
@@ -56,9 +58,10 @@ class RouteTicket:
     rejoined_at: float = 0.0
     preferred: int = 0
     uncollected: bool = False
+    is_accounted: bool = False  # what it took on its present worker is known
     bypassed: int = 0
-    excluded: dict[int, float] = field(default_factory=dict)
-    avoided: set[int] = field(default_factory=set)
+    excluded: dict[int, float] | None = None
+    avoided: frozenset[int] = frozenset()
     changed: anyio.Event | None = None
 
     @property
@@ -73,11 +76,18 @@ class RouteTicket:
             self.changed.set()
             self.changed = None
 
-    def excluded_now(self, now: float) -> set[int]:
+    def exclude(self, worker_id: int, until: float) -> None:
+        """Not that worker, until then. Most requests never need this, and hundreds of thousands are kept."""
+        if self.excluded is None:
+            self.excluded = {}
+        self.excluded[worker_id] = until
+
+    def excluded_now(self, now: float) -> frozenset[int]:
         """Workers not to try now; forgets the others."""
-        if self.excluded:
-            self.excluded = {worker: until for worker, until in self.excluded.items() if until > now}
-        return set(self.excluded)
+        if not self.excluded:
+            return _NOBODY
+        self.excluded = {worker: until for worker, until in self.excluded.items() if until > now}
+        return frozenset(self.excluded)
 
 
 class Lane(NamedTuple):
@@ -116,7 +126,7 @@ class RouteQueue:
         self._enter(ticket)
 
     def adopt(self, ticket: RouteTicket) -> None:
-        """A ticket that a worker already has."""
+        """A ticket that a worker already has: it never stood in a line."""
         self._tickets[ticket.request_idx] = ticket
         heapq.heappush(self._deadlines, (ticket.polled_at + KEPT_S, ticket.request_idx))
 
@@ -124,6 +134,7 @@ class RouteQueue:
         """Back into the line, at its old place."""
         ticket.to(Phase.WAITING, now)
         ticket.worker_id = 0
+        ticket.is_accounted = False
         self.granted.discard(ticket.request_idx)
         heapq.heappush(self._deadlines, (ticket.polled_at + ticket.replay_timeout, ticket.request_idx))
         self._enter(ticket)
@@ -196,7 +207,8 @@ class RouteQueue:
             if ticket is None:
                 continue
             is_open = ticket.phase in (Phase.WAITING, Phase.GRANTED)
-            kept_s = ticket.replay_timeout if is_open else KEPT_S
+            kept_s = FINISHED_KEPT_S if ticket.phase is Phase.FINISHED else KEPT_S
+            kept_s = ticket.replay_timeout if is_open else kept_s
             due = max(ticket.polled_at, ticket.phase_at if not is_open else 0.0) + kept_s
             if due > now or (not is_open and is_running(ticket)):
                 heapq.heappush(self._deadlines, (max(due, now + 1.0), request_idx))

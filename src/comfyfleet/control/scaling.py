@@ -31,7 +31,7 @@ class ScalePolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GroupFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """A workergroup that may recruit. test_workers: how many to start with while no score is known.
+    """A workergroup that may recruit. test_workers: how many are made at most while no score is known.
 
     perf: what its workers scored last, 0 where none ever did.
     """

@@ -65,6 +65,11 @@ class Turns:
         if not ticket.held and not self._allowance.is_limited(ticket.scope):
             self._meters.arrived(ticket.endpoint_id, ticket.want.cost, now)
 
+    def outside(self, ticket: RouteTicket) -> Hold:
+        """Why a request is not even in the line."""
+        most = self._allowance.most_waiting(ticket.scope)
+        return Hold(reason=f"this key has {most} requests waiting, and may have no more", wait_s=1.0)
+
     def has_room(self, endpoint_id: int, lane: Lane) -> bool:
         """One more request of that key may wait."""
         most = 0 if lane.held else self._allowance.most_waiting(lane.scope)
@@ -72,12 +77,7 @@ class Turns:
 
     def hold(self, ticket: RouteTicket, now: float) -> Hold | None:
         """Why this request is passed over by its key's limits, and for how long; None if it is not."""
-        if ticket.held:
-            return None
-        if self._queue.get(ticket.request_idx) is not ticket:
-            most = self._allowance.most_waiting(ticket.scope)
-            return Hold(reason=f"this key has {most} requests waiting, and may have no more", wait_s=1.0)
-        return self._allowance.hold(ticket.scope, now)
+        return None if ticket.held else self._allowance.hold(ticket.scope, now)
 
     def waiting(self, endpoint_id: int, now: float) -> tuple[int, float]:
         """(requests, load units) that capacity would help: of a key that is held back only what it may send soon."""
@@ -91,6 +91,19 @@ class Turns:
             count += of_lane
             cost += cost_of_lane
         return count, cost
+
+    def at_once(self, ticket: RouteTicket, now: float) -> bool:
+        """Book a worker for a new request that nobody waits before; False: it has to stand in the line."""
+        if self._queue.waiting_count(ticket.endpoint_id) or self.hold(ticket, now) is not None:
+            return False
+        chosen = self._choose(ticket, now)
+        if isinstance(chosen, Refusal):
+            return False
+        self._book(ticket, chosen, self.share(ticket.endpoint_id), now)
+        ticket.worker_id = chosen
+        ticket.to(Phase.ASSIGNED, now)
+        self._queue.adopt(ticket)
+        return True
 
     def serve(self, endpoint_id: int, now: float) -> None:
         """Book workers for those that wait, in turn, as long as there is room."""
@@ -147,6 +160,10 @@ class Turns:
         return not ticket.uncollected and worker_id not in ticket.excluded_now(now) and is_overtaker(ticket.want, load)
 
     def _grant(self, ticket: RouteTicket, worker_id: int, share: FairShare, now: float) -> None:
+        self._book(ticket, worker_id, share, now)
+        self._queue.leave(ticket, Phase.GRANTED, worker_id, now)
+
+    def _book(self, ticket: RouteTicket, worker_id: int, share: FairShare, now: float) -> None:
         booking = Booking(
             request_idx=ticket.request_idx,
             cost=ticket.want.cost,
@@ -161,16 +178,15 @@ class Turns:
             self._allowance.took(ticket.scope, now)
             # Demand is what the key may send, not what it would like to.
             self._meters.arrived(ticket.endpoint_id, ticket.want.cost, now)
-        self._queue.leave(ticket, Phase.GRANTED, worker_id, now)
 
     def _choose(self, ticket: RouteTicket, now: float) -> int | Refusal:
         excluded = ticket.excluded_now(now)
-        chosen = self._choose_without(ticket, excluded | ticket.avoided, now)
+        chosen = self._choose_without(ticket, excluded | ticket.avoided if ticket.avoided else excluded, now)
         if isinstance(chosen, Refusal) and ticket.avoided - excluded:
             return self._choose_without(ticket, excluded, now)
         return chosen
 
-    def _choose_without(self, ticket: RouteTicket, excluded: set[int], now: float) -> int | Refusal:
+    def _choose_without(self, ticket: RouteTicket, excluded: frozenset[int], now: float) -> int | Refusal:
         return choose(
             self._workers.candidates(ticket.endpoint_id),
             ticket.want,

@@ -7,9 +7,10 @@ One method per thing that can happen to a worker. Values change only by the pure
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Iterable, KeysView
+from collections.abc import AsyncIterator, Callable, Iterable, KeysView
 
 import msgspec
+from anyio.lowlevel import checkpoint
 
 from comfyfleet.control.load import Booking, WorkerLoad
 from comfyfleet.control.worker import SILENT_AFTER_S, Worker, fold_report, is_routable, listed, to_state
@@ -19,6 +20,7 @@ from comfyfleet.wire.workers import WorkerStatusReport
 
 QUARANTINE_FIRST_S = 10.0
 QUARANTINE_CAP_S = 300.0
+LOOKED_AT_ONCE = 100
 # A doubted worker's score counts this much less (the documents: more than 20 % slower than its peers).
 FLAGGED_SHARE = 0.75
 # What loading another model into GPU memory costs until jobs have shown it: gigabytes at the speed of a disk.
@@ -48,11 +50,24 @@ class Workers:
     def get(self, worker_id: int) -> Worker | None:
         return self._workers.get(worker_id)
 
+    def known(self, worker_id: int) -> Worker:
+        """One that is there."""
+        return self._workers[worker_id]
+
     def load(self, worker_id: int) -> WorkerLoad:
         return self._loads[worker_id]
 
     def all(self) -> list[Worker]:
         return list(self._workers.values())
+
+    async def each(self) -> AsyncIterator[Worker]:
+        """Every worker, with room between every few for whoever waits: ten thousand at once would hold up answers."""
+        for count, worker_id in enumerate(list(self._workers), 1):
+            worker = self._workers.get(worker_id)
+            if worker is not None:
+                yield worker
+            if count % LOOKED_AT_ONCE == 0:
+                await checkpoint()
 
     def of_endpoint(self, endpoint_id: int) -> list[Worker]:
         return [self._workers[worker_id] for worker_id in self._by_endpoint.get(endpoint_id, ())]
@@ -190,15 +205,12 @@ class Workers:
         if worker is not None and worker.quarantines:
             self.change(worker_id, now, quarantined_until=0.0, quarantines=0)
 
-    def sweep(self, now: float) -> list[Worker]:
-        """Close the loads of silent workers, open those whose quarantine is over. Returns the newly closed."""
-        closed = []
-        for worker in self._workers.values():
-            was_open = self._loads[worker.id].is_open
-            self._refresh(worker, now)
-            if was_open and not self._loads[worker.id].is_open:
-                closed.append(worker)
-        return closed
+    def look(self, worker: Worker, now: float) -> bool:
+        """Close the load of a silent worker, open that of one whose quarantine is over. True if it was closed now."""
+        load = self._loads[worker.id]
+        was_open = load.is_open
+        self._refresh(worker, now)
+        return was_open and not load.is_open
 
     def _refresh(self, worker: Worker, now: float) -> None:
         load = self._loads[worker.id]

@@ -48,8 +48,8 @@ class WorkerStatusReport(msgspec.Struct, frozen=True, kw_only=True):
 class FinishedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One entry of `/delete_requests/`: status is Success, Error, Rejected or Cancelled. Times: epoch s, 0 = never.
 
-    The last four are ours. seconds: what the engine took, 0 where it did not say. shape: of the workflow. loaded: its
-    models were not in memory when it began. scope: the key's, from the ticket, so a restarted control plane knows too.
+    The last three are ours. seconds: what the engine took, 0 where it did not say. shape: of the workflow. loaded: its
+    models were not in memory when it began.
     """
 
     request_idx: int
@@ -61,7 +61,6 @@ class FinishedRequest(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
     shape: str = ""
     loaded: bool = False
-    scope: str = ""
 
 
 class FinishedRequests(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,7 +23,7 @@ def finish(world: RoutingWorld, worker_id: int, request_idx: int, *, seconds: fl
         work_started_at=now - seconds,
         work_completed_at=now,
         seconds=seconds,
-        **{"shape": FILM, "scope": "key:a", **facts},
+        **{"shape": FILM, **facts},
     )
     worker = world.plane.workers.get(worker_id)
     world.plane.reports.finished(FinishedRequests(worker_id=worker_id, mtoken=worker.mtoken, requests=(entry,)))

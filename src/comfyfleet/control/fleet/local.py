@@ -28,6 +28,8 @@ from comfyfleet.clock import Clock
 from comfyfleet.control.fleet import detached
 from comfyfleet.control.fleet.base import FleetEvent, FleetNode, FleetWorker, NoCapacity, Presence, WorkerSpec
 from comfyfleet.control.fleet.events import EventLog
+from comfyfleet.control.fleet.machine import described
+from comfyfleet.control.fleet.needs import is_fit
 from comfyfleet.control.fleet.slots import PortClaims, Slot, find_slot
 from comfyfleet.control.shared_folder import NotOurTurn, our_turn
 from comfyfleet.settings.machine import OWNER_VARIABLE
@@ -57,11 +59,15 @@ Records = list[LocalRecord]
 Processes = list[psutil.Process]
 
 
+OUR_WORKER = (sys.executable, "-m", "comfyfleet", "worker")
+
+
 class LocalSettings(msgspec.Struct, frozen=True, kw_only=True):
     """report_url: where workers reach the control plane. base_environment: what every child inherits.
 
     command: what a worker process is. slots: how many workers fit on this machine; first_slot: the number of the
-    first. is_detached: workers are nobody's children, and end only when told to.
+    first. is_detached: workers are nobody's children, and end only when told to. machine: what searches are held
+    against; None: anything fits.
     """
 
     data_dir: Path
@@ -69,10 +75,11 @@ class LocalSettings(msgspec.Struct, frozen=True, kw_only=True):
     slots: int
     base_environment: Mapping[str, str]
     public_address: str = "127.0.0.1"
-    command: Sequence[str] = (sys.executable, "-m", "comfyfleet", "worker")
+    command: Sequence[str] = OUR_WORKER
     own_environment: Mapping[str, str] = {}
     first_slot: int = 0
     is_detached: bool = False
+    machine: FleetNode | None = None
 
 
 class LocalFleet:
@@ -104,15 +111,13 @@ class LocalFleet:
     async def nodes(self) -> Sequence[FleetNode]:
         records = self.records()
         running = sum(self._process(record) is not None for record in records)
-        slots = self._settings.slots
+        slots, machine = self._settings.slots, self._settings.machine
+        here = machine or FleetNode(
+            name=platform.node(), address=self._settings.public_address, is_alive=True, gpus=slots
+        )
         return [
-            FleetNode(
-                name=platform.node(),
-                address=self._settings.public_address,
-                is_alive=True,
-                gpus=slots,
-                free_gpus=max(0, slots - running),
-                workers=tuple(record.id for record in records),
+            msgspec.structs.replace(
+                here, free_gpus=max(0, slots - running), workers=tuple(record.id for record in records)
             )
         ]
 
@@ -134,6 +139,7 @@ class LocalFleet:
             folder = self._folder / str(spec.id)
             if (folder / "local.json").exists():
                 return
+            self._demand_fit(spec)
             taken = self.records()
             numbers = {record.slot.number for record in taken}
             first = self._settings.first_slot
@@ -145,6 +151,15 @@ class LocalFleet:
             folder.mkdir(parents=True, exist_ok=True)
             slot = self._find_slot(free, {port for record in taken for port in record.slot.ports})
             await self._launch(LocalRecord(id=spec.id, slot=slot), spec)
+
+    def _demand_fit(self, spec: WorkerSpec) -> None:
+        """Raises NoCapacity where this machine is not what the workergroup searches for."""
+        machine = self._settings.machine
+        if machine is not None and not is_fit(spec.search, machine):
+            raise NoCapacity(
+                f"the workergroup searches for {spec.search_params or dict(spec.search)}, "
+                f"and this machine has {described(machine)}"
+            )
 
     async def start(self, spec: WorkerSpec) -> None:
         async with self._slots():

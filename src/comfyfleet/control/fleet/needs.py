@@ -13,6 +13,7 @@ from comfyfleet.control.fleet.base import FleetNode
 
 Search = Mapping[str, Mapping[str, Any]]
 
+_VENDOR_WORDS = frozenset({"nvidia", "geforce", "amd"})
 PRICE_FIELDS = ("dph_total", "dph", "price", "price_hour")
 
 
@@ -70,14 +71,15 @@ def _holds(value: Any, operator: str, wanted: Any) -> bool:
 
 
 def _same(value: Any, wanted: Any) -> bool:
-    """Names as people type them: `RTX_4090`, `RTX 4090` and `rtx-4090` are one."""
+    """Names as people type them: `RTX_4090`, `rtx-4090` and the driver's `NVIDIA GeForce RTX 4090` are one."""
     if isinstance(value, str) or isinstance(wanted, str):
         return _plain(value) == _plain(wanted)
     return bool(value == wanted)
 
 
 def _plain(value: Any) -> str:
-    return str(value).replace("_", " ").replace("-", " ").lower()
+    words = str(value).replace("_", " ").replace("-", " ").lower().split()
+    return " ".join(word for word in words if word not in _VENDOR_WORDS)
 
 
 def _typed(text: str | None) -> Any:

@@ -18,7 +18,7 @@ import msgspec
 
 from comfyfleet.clock import SystemClock
 from comfyfleet.control.fleet.base import FleetWorker, Presence, WorkerSpec
-from comfyfleet.control.fleet.local import LocalFleet, LocalSettings
+from comfyfleet.control.fleet.local import OUR_WORKER, LocalFleet, LocalSettings
 from comfyfleet.control.fleet.slots import find_slot, is_free
 from comfyfleet.settings.node import NodeSettings
 
@@ -98,7 +98,6 @@ class Node:
 
     def _fleet(self, devices: tuple[str, ...]) -> LocalFleet:
         address = self._address
-        command = {"command": tuple(self._plan.command)} if self._plan.command else {}
         return LocalFleet(
             LocalSettings(
                 data_dir=self._settings.data_dir,
@@ -113,7 +112,7 @@ class Node:
                     **self._plan.own_environment,
                 },
                 is_detached=True,
-                **command,
+                command=tuple(self._plan.command) or OUR_WORKER,
             ),
             SystemClock(),
             find=functools.partial(find_slot, is_free=lambda port: is_free(port, address)),

@@ -25,14 +25,14 @@ class LoadSums:
 class RunFacts:
     """What a request's run was like. started_at: epoch s, when it left the worker's own queue; 0: it never did.
 
-    seconds: the engine's, 0 where it did not say (its cache answered). loaded: models had to be loaded first.
+    seconds: the engine's, 0 where it did not say (its cache answered, or the answer was replayed). loaded: models had
+    to be loaded first.
     """
 
     started_at: float
     seconds: float = 0.0
     shape: str = ""
     loaded: bool = False
-    scope: str = ""
 
 
 @dataclass(kw_only=True)
@@ -95,7 +95,6 @@ class LoadBook:
                     seconds=run.seconds,
                     shape=run.shape,
                     loaded=run.loaded,
-                    scope=run.scope,
                 )
             )
 

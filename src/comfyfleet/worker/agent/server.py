@@ -184,19 +184,18 @@ class TicketedServer:
         self._book.begin(reqnum=claims.reqnum, request_idx=claims.request_idx, cost=claims.cost, now=self._clock.now())
         self._on_change()
         self._followed.add(job)
-        self._followers.start_soon(self._until_end, job, claims.reqnum)
+        self._followers.start_soon(self._until_end, job, claims.reqnum, job.is_final)
 
-    async def _until_end(self, job: Job, reqnum: int) -> None:
+    async def _until_end(self, job: Job, reqnum: int, is_replay: bool) -> None:
         await job.done.wait()
         self._followed.discard(job)
         http_status = job.finished.http_status if job.finished else 503
         status = {200: "Success", 499: "Cancelled"}.get(http_status, "Error")
         run = RunFacts(
             started_at=job.stamps.get(RunStatus.GENERATING, 0.0),
-            seconds=job.engine_s or 0.0,
+            seconds=0.0 if is_replay else job.engine_s or 0.0,
             shape=job.shape,
             loaded=job.loaded,
-            scope=job.scope,
         )
         self._book.end(reqnum=reqnum, status=status, now=self._clock.now(), run=run)
         if status == "Success":
