@@ -35,6 +35,7 @@ class QueueSettings:
     max_queue_size: int
     result_ttl_s: float
     drop_grace_s: float = 1.5
+    stuck_limit_s: float = 120.0  # of a cancelled prompt that no interrupt reaches, before its engine is started anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,7 @@ def from_environment(env: Mapping[str, str]) -> WorkerSettings:
         queue=QueueSettings(
             max_queue_size=_integer(env, "MAX_QUEUE_SIZE", 100),
             result_ttl_s=_integer(env, "API_CACHE_TTL", 21_600),
+            stuck_limit_s=_integer(env, "COMFYFLEET_STUCK_LIMIT_S", 120),
         ),
         wrapper=WrapperSettings(
             host=host,

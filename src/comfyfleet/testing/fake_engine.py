@@ -46,10 +46,12 @@ class FakeEngine:
         ids: Ids,
         job_s: float = 0.004,
         ledger: Path | None = None,
+        is_elsewhere: bool = False,
     ) -> None:
         self._ids = ids
         folders = {"output": output_dir, "temp": temp_dir, "input": input_dir}
-        self._files = FakeFiles(folders)
+        # A command line of another machine names folders that mean nothing here.
+        self._files = FakeFiles(folders, argv=["/elsewhere/main.py"] if is_elsewhere else None)
         self._outbox: asyncio.Queue[tuple[str, str, str | None]] = asyncio.Queue()
         self.freed = 0
         self._sockets: dict[str, web.WebSocketResponse] = {}
@@ -255,6 +257,7 @@ async def _same_origin(request: web.Request, handler: Handler) -> web.StreamResp
 @click.option("--temp-dir", type=Path, required=True)
 @click.option("--job-s", default=0.004, help="Seconds that a job of plain nodes takes.")
 @click.option("--ledger", type=Path, help="A file that gets a line at each render's start and end.")
+@click.option("--elsewhere", is_flag=True, help="As on another machine: nobody can see its folders.")
 def main(
     host: str,
     port: int,
@@ -266,6 +269,7 @@ def main(
     temp_dir: Path,
     job_s: float,
     ledger: Path | None,
+    elsewhere: bool,
 ) -> None:
     """A ComfyUI that renders nothing, for tests of whatever stands in front of one."""
     for folder in (input_dir, output_dir, temp_dir):
@@ -278,6 +282,7 @@ def main(
         ids=SystemIds(),
         job_s=job_s,
         ledger=ledger,
+        is_elsewhere=elsewhere,
     )
     anyio.run(engine.run, host, port, backend_options={"use_uvloop": True})
 

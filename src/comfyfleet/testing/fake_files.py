@@ -21,8 +21,9 @@ _encode = msgspec.json.Encoder().encode
 class FakeFiles:
     """Routes over the engine's three folders."""
 
-    def __init__(self, folders: Mapping[str, Path]) -> None:
+    def __init__(self, folders: Mapping[str, Path], *, argv: list[str] | None = None) -> None:
         self._folders = folders
+        self._argv = sys.argv if argv is None else argv
 
     def add_routes(self, app: web.Application, prefix: str) -> None:
         app.router.add_get(f"{prefix}/view", self._view)
@@ -82,7 +83,7 @@ class FakeFiles:
             "comfyui_version": "0.3.64",
             "python_version": sys.version,
             "pytorch_version": "none",
-            "argv": sys.argv,
+            "argv": self._argv,
         }
         sizes = dict.fromkeys(("vram_total", "vram_free", "torch_vram_total", "torch_vram_free"), memory)
         return as_json({"system": system, "devices": [{"name": "cpu", "type": "cpu", "index": 0, **sizes}]})

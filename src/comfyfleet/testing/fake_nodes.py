@@ -27,6 +27,7 @@ class FakeNode:
     options: Mapping[str, tuple[str, ...]] | None = None
     saves: tuple[str, str, str] | None = None
     is_output: bool = False
+    uploads: tuple[str, ...] = ()  # inputs that the frontend has an upload button for
 
 
 def _save(kind: str, source: str, key: str, extension: str, folder: str = "output", **inputs: str) -> FakeNode:
@@ -118,6 +119,8 @@ NODES: dict[str, FakeNode] = {
     # For tests only.
     "FakeSleep": FakeNode(inputs={"images": "IMAGE", "seconds": "FLOAT"}, outputs=("IMAGE",)),
     "FakeGate": FakeNode(inputs={"images": "IMAGE", "gate": "STRING"}, outputs=("IMAGE",)),
+    "FakeDeaf": FakeNode(inputs={"images": "IMAGE", "gate": "STRING"}, outputs=("IMAGE",)),
+    "FakePicker": FakeNode(inputs={"choice": "STRING"}, outputs=("IMAGE",), uploads=("choice",)),
     "FakeFault": FakeNode(inputs={"images": "IMAGE", "fault": "STRING"}, outputs=("IMAGE",)),
     "FakeBig": FakeNode(
         inputs={"size_bytes": "INT", "filename_prefix": "STRING"}, saves=("files", "bin", "output"), is_output=True
@@ -145,7 +148,11 @@ def object_info(name: str) -> dict[str, Any]:
     required: dict[str, Any] = {}
     for input_name, kind in node.inputs.items():
         low, high = (node.limits or {}).get(input_name, (None, None))
-        details = {} if low is None else {"default": _DEFAULTS.get(input_name, low), "min": low, "max": high, "step": 1}
+        details: dict[str, Any] = {}
+        if low is not None:
+            details = {"default": _DEFAULTS.get(input_name, low), "min": low, "max": high, "step": 1}
+        if input_name in node.uploads:
+            details["image_upload"] = True
         required[input_name] = [kind, details]
     return {
         "input": {"required": required},

@@ -228,12 +228,14 @@ class FakeWorker(threading.Thread):
             self._strike(str(values["fault"]))
         elif name == "ImageScale":
             self._work(_SCALING_S)
-        elif name == "LoadImage":
-            self._load(str(values["image"]))
+        elif name in ("LoadImage", "FakePicker"):
+            self._load(str(values.get("image") or values.get("choice")))
         elif name == "FakeSleep":
             self._work(float(values["seconds"]))
         elif name == "FakeGate":
             self._wait_at(str(values["gate"]))
+        elif name == "FakeDeaf":  # one long call into a library: no interrupt is heard before it returns
+            self._wait_at(str(values["gate"]), is_deaf=True)
         elif name.startswith("KSampler"):
             steps = int(values["steps"])
             for step in range(1, steps + 1):
@@ -253,12 +255,13 @@ class FakeWorker(threading.Thread):
         if self._stop_now.wait(seconds):
             raise _Interrupted
 
-    def _wait_at(self, gate: str) -> None:
+    def _wait_at(self, gate: str, *, is_deaf: bool = False) -> None:
         """Until somebody makes the file `gate-<name>` beside the ledger: a run that lasts as long as a test wants."""
         if self._ledger is None:
             raise _NodeFault("ValueError", "a gate lies beside the ledger, and there is none")
+        self._ledger.with_name(f"at-{gate}").touch()  # it got here
         while not self._ledger.with_name(f"gate-{gate}").exists():
-            self._work(0.01)
+            threading.Event().wait(0.01) if is_deaf else self._work(0.01)
 
     def _strike(self, fault: str) -> None:
         if fault == "oom":

@@ -197,11 +197,11 @@ class WorkerProcess(Running):
         return self.session
 
 
-def fake_engine(folder: Path, *, job_s: float = 0.004) -> FakeEngineProcess:
-    """A fake engine, not yet started."""
+def fake_engine(folder: Path, *, job_s: float = 0.004, elsewhere: bool = False) -> FakeEngineProcess:
+    """A fake engine, not yet started. elsewhere: as on another machine, whose folders nobody here can see."""
     port = free_port()
     return FakeEngineProcess(
-        command=[*_fake_command(folder, job_s), *_places(folder, port)],
+        command=[*_fake_command(folder, job_s), *_places(folder, port), *(["--elsewhere"] if elsewhere else [])],
         env=os_environment(),
         log_path=folder / "engine.log",
         base_url=f"http://127.0.0.1:{port}",

@@ -51,6 +51,7 @@ from comfyfleet.worker.machine import Machine, build_machine
 from comfyfleet.worker.pipeline import Stages
 from comfyfleet.worker.service import JobService
 from comfyfleet.worker.stages.fetch_inputs import FetchedInputs
+from comfyfleet.worker.stages.file_inputs import only_engine_knows
 from comfyfleet.worker.stages.history_files import expected_folders
 from comfyfleet.worker.stages.kit import Kit, KitPlaces, open_kit
 from comfyfleet.worker.stages.store_outputs import missing_files
@@ -117,7 +118,7 @@ async def running(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cl
             templates = [folder for folder in (folders.templates_dir, SHIPPED) if folder is not None]
             service = JobService(
                 pool=pool,
-                stages=_stages(kit, settings.webhook.url, folders.worker_dir / "pulled"),
+                stages=_stages(kit, pool, settings.webhook.url, folders.worker_dir / "pulled"),
                 journal=journal,
                 templates=Templates(*templates),
                 settings=settings.queue,
@@ -255,9 +256,12 @@ def _slot(plan: EnginePlan, session: aiohttp.ClientSession, clock: Clock, ids: I
     return EngineSlot(name=plan.name, client=client, owned=plan.launch is not None, folders=plan.folders, gpu=plan.gpu)
 
 
-def _stages(kit: Kit, operator_webhook: str, pulled: Path) -> Stages:
+def _stages(kit: Kit, pool: EnginePool, operator_webhook: str, pulled: Path) -> Stages:
     async def fetch_inputs(graph: Graph, request: GenerateInput) -> FetchedInputs:
-        return await kit.fetch_inputs.run(graph, request)
+        # A prompt may hold a link too; then this waits, once, for the first engine to say what its nodes are.
+        if only_engine_knows(graph):
+            await pool.until_told()
+        return await kit.fetch_inputs.run(graph, request, uploads=pool.uploads())
 
     async def bring_outputs(
         slot: EngineSlot, entry: dict[str, Any], prompt_id: str

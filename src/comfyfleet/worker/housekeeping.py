@@ -47,11 +47,16 @@ class CleanedFolders:
 
 
 def clean(
-    folders: CleanedFolders, rule: Rule, *, now: float, kept: Iterable[str] = (), models_in_use: Iterable[str] = ()
+    folders: CleanedFolders,
+    rule: Rule,
+    *,
+    now: float,
+    kept: Iterable[str] | None = (),
+    models_in_use: Iterable[str] = (),
 ) -> Cleaned:
-    """One round. kept: names of output folders whose files stay. Blocking."""
-    kept_folders = {folders.output / name for name in kept}
-    if free_bytes(folders.output) < rule.min_free_bytes:
+    """One round. kept: names of output folders whose files stay; None: not known, no output goes. Blocking."""
+    if kept is not None and free_bytes(folders.output) < rule.min_free_bytes:
+        kept_folders = {folders.output / name for name in kept}
         going = candidates(
             files_in(folders.all), rule, now=now, is_kept=lambda path: not kept_folders.isdisjoint(path.parents)
         )
@@ -93,7 +98,10 @@ class Housekeeping:
             await self._clock.sleep(LOOK_EVERY_S)
 
     async def look_once(self) -> None:
-        kept, used, now = self._kept_folders(), self._models_in_use(), self._clock.now()
+        # Only a full disk asks for the list of all that is kept: it is long, and read and held for nothing otherwise.
+        is_short = free_bytes(self._folders.output) < self._rule.min_free_bytes
+        kept = self._kept_folders() if is_short else None
+        used, now = self._models_in_use(), self._clock.now()
         cleaned = await anyio.to_thread.run_sync(
             lambda: clean(self._folders, self._rule, now=now, kept=kept, models_in_use=used)
         )

@@ -74,6 +74,7 @@ class Pipeline:
         ids: Ids,
         tasks: anyio.abc.TaskGroup,
         left_queue: Callable[[Job], None],
+        stuck_limit_s: float,
     ) -> None:
         self._pool = pool
         self._stages = stages
@@ -83,6 +84,7 @@ class Pipeline:
         self._ids = ids
         self._tasks = tasks
         self._left_queue = left_queue
+        self._stuck_limit_s = stuck_limit_s
 
     async def run(self, job: Job, graph: Graph | None, adopted: EngineSlot | None = None) -> Finished:
         """The job's end, whatever it is. Only the end of this process gets through as an exception."""
@@ -194,9 +196,16 @@ class Pipeline:
         return gone
 
     async def _bury(self, slot: EngineSlot, prompt_id: str) -> None:
-        """A cancelled prompt in a node that cannot be stopped: its room is free when the engine says so."""
+        """A cancelled prompt in a node that cannot be stopped: its room is free when the engine says so.
+
+        An engine of ours that is at it for too long gets a new process; a foreign one we can only wait for.
+        """
+        began = self._clock.monotonic()
         try:
             while True:
+                if slot.owned and self._clock.monotonic() - began > self._stuck_limit_s:
+                    slot.want_restart(FaultKind.STUCK)
+                    return
                 try:
                     if prompt_id not in await slot.client.queue():
                         return
@@ -242,21 +251,26 @@ class Pipeline:
         return PromptWatch(job.prompt_id, clock=self._clock, told=self._teller(job, graph), limits=limits)
 
     def _teller(self, job: Job, graph: Graph) -> Callable[[PromptWatch], None]:
-        """Turns what a watch hears into lines of the job's log, at most ten a second."""
-        weights = {
-            node_id: self._durations.node_s(node["class_type"]) or _guess_s(node) for node_id, node in graph.items()
-        }
+        """Turns what a watch hears into lines of the job's log, at most ten a second besides the nodes themselves."""
+        known = {node_id: self._durations.node_s(node["class_type"]) for node_id, node in graph.items()}
+        weights = {node_id: known[node_id] or _guess_s(node) for node_id, node in graph.items()}
         last_at = 0.0
+        last_node: str | None = None
         expected = False
 
         def tell(watch: PromptWatch) -> None:
-            nonlocal last_at, expected
+            nonlocal last_at, last_node, expected
             if not expected:
                 expected = True
                 self._stages.expect_outputs(job.folder, graph)
-            if watch.last_heard - last_at < _PROGRESS_EVERY_S or job.status is not RunStatus.GENERATING:
+            # A node that may be at it for long is told at once: it may well say nothing more until it ends.
+            seconds = known.get(watch.node or "")
+            is_long = watch.node != last_node and (seconds is None or seconds >= _PROGRESS_EVERY_S)
+            if job.status is not RunStatus.GENERATING:
                 return
-            last_at = watch.last_heard
+            if not is_long and watch.last_heard - last_at < _PROGRESS_EVERY_S:
+                return
+            last_at, last_node = watch.last_heard, watch.node
             value, maximum = watch.step or (None, None)
             job.events.add(
                 self._clock.now(),

@@ -101,6 +101,7 @@ class JobService:
                 ids=self._ids,
                 tasks=tasks,
                 left_queue=self._left_queue,
+                stuck_limit_s=self._settings.stuck_limit_s,
             )
             learned = self._journal.load_learned()
             if learned:

@@ -29,6 +29,7 @@ class FaultKind(StrEnum):
     WORKER_THREAD_DEAD = "worker_thread_dead"
     DISK_FULL = "disk_full"
     OUTPUTS_GONE = "outputs_gone"
+    STUCK = "stuck"  # at a cancelled prompt, in a node that hears no interrupt
 
 
 CLASS_OF: dict[FaultKind, FaultClass] = {
@@ -40,6 +41,7 @@ CLASS_OF: dict[FaultKind, FaultClass] = {
     FaultKind.WORKER_THREAD_DEAD: FaultClass.ENGINE,
     FaultKind.DISK_FULL: FaultClass.WORKER,
     FaultKind.OUTPUTS_GONE: FaultClass.ENGINE,
+    FaultKind.STUCK: FaultClass.ENGINE,
 }
 
 
@@ -100,7 +102,7 @@ def remedy_for(kind: FaultKind, earlier: tuple[FaultKind, ...]) -> Remedy:
             return Remedy.FREE_AND_RETRY if may_retry else Remedy.FAIL
         case FaultKind.DEVICE | FaultKind.WORKER_THREAD_DEAD:
             return Remedy.RESTART_AND_RETRY if may_retry else Remedy.RESTART_AND_FAIL
-        case FaultKind.INTERRUPTED | FaultKind.ENGINE_LOST | FaultKind.OUTPUTS_GONE:
+        case FaultKind.INTERRUPTED | FaultKind.ENGINE_LOST | FaultKind.OUTPUTS_GONE | FaultKind.STUCK:
             return Remedy.RETRY if may_retry else Remedy.FAIL
 
 

@@ -1,4 +1,5 @@
-"""Getting to know an engine that answers: its version, and, of a foreign one, where its files are."""
+"""Getting to know an engine that answers: its version, which of its nodes take files, and where a foreign one has its
+own."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import msgspec
 from comfyfleet.worker.engines.client import EngineGone
 from comfyfleet.worker.engines.pool import EngineSlot
 from comfyfleet.worker.engines.reach import told_folders
+from comfyfleet.worker.stages.file_inputs import upload_inputs
 
 _SOCKET_S = 5.0
 
@@ -20,7 +22,16 @@ async def meet(slot: EngineSlot) -> None:
         slot.version = slot.version or "unknown"
         return
     slot.version = str((stats.get("system") or {}).get("comfyui_version") or "unknown")
+    slot.uploads = await _uploads(slot)
     if not slot.owned:
         folders = told_folders(stats, slot.client.base_url)
         slot.is_remote = folders is None and not slot.folders["output"].is_dir()
         slot.folders = folders or slot.folders
+
+
+async def _uploads(slot: EngineSlot) -> dict[str, frozenset[str]]:
+    """Asked at each start: custom nodes come and go. One that does not say has those that everybody knows."""
+    try:
+        return upload_inputs(await slot.client.object_info())
+    except (EngineGone, msgspec.MsgspecError):
+        return {}

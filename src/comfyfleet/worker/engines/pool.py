@@ -55,6 +55,7 @@ class EngineSlot:
     bookings: dict[str, Booking] = field(default_factory=dict)
     watches: dict[str, PromptWatch] = field(default_factory=dict)
     version: str = ""  # ComfyUI's, as the engine says
+    uploads: Mapping[str, frozenset[str]] | None = None  # inputs that take files, by node type; None: not asked yet
     warm: frozenset[str] = frozenset()  # model files in its memory, as far as its last prompt showed
     device_faults: int = 0
     restarts: int = 0
@@ -100,10 +101,31 @@ class EnginePool:
         self.slots = slots
         self._clock = clock
         self._waiters: deque[tuple[anyio.Event, frozenset[str]]] = deque()
+        self._known = anyio.Event()  # an engine told what its nodes take, or none ever will
 
     @property
     def ready(self) -> list[EngineSlot]:
         return [slot for slot in self.slots if slot.state is EngineState.READY]
+
+    async def until_told(self) -> None:
+        """Wait for the first engine to say what its nodes take; or for all hope to be gone."""
+        self._note_known()
+        await self._known.wait()
+
+    def uploads(self) -> Mapping[str, frozenset[str]]:
+        """Inputs that take files, by node type, as far as engines have told."""
+        told = [slot.uploads for slot in self.slots if slot.uploads]
+        if len(told) == 1:
+            return told[0]
+        found: dict[str, frozenset[str]] = {}
+        for uploads in told:
+            for class_type, names in uploads.items():
+                found[class_type] = found.get(class_type, frozenset()) | names
+        return found
+
+    def _note_known(self) -> None:
+        if self.is_hopeless or any(slot.uploads is not None for slot in self.slots):
+            self._known.set()
 
     async def acquire(self, prompt_id: str, predicted_s: float, *, avoid: frozenset[str] = frozenset()) -> EngineSlot:
         """An engine for this prompt, booked; waits for room. `avoid` is honoured while there is another engine.
@@ -144,6 +166,7 @@ class EnginePool:
 
     def wake(self) -> None:
         """Room may have come up: let the first waiter look. With no engine left to hope for, all look, and leave."""
+        self._note_known()
         while self._waiters and self.is_hopeless:
             self._waiters.popleft()[0].set()
         if self._waiters and any(self._has_room(slot) for slot in self.ready):

@@ -32,6 +32,8 @@ _KNOWN: Mapping[str, frozenset[str]] = {
     "VHS_LoadImagePath": frozenset({"image"}),
 }
 _FILE_NAMES = frozenset({"image", "mask", "audio", "video", "file", "latent", "model_file", "audio_file", "image_path"})
+_URLS, _DATA = ("http://", "https://", "s3://"), ("data:",)
+_SCHEMES = (*_URLS, *_DATA)
 _UPLOAD_MARKS = ("image_upload", "audio_upload", "video_upload", "file_upload", "animated_image_upload")
 
 
@@ -75,6 +77,18 @@ def upload_inputs(object_info: Mapping[str, Any]) -> dict[str, frozenset[str]]:
     return found
 
 
+def only_engine_knows(graph: Graph) -> bool:
+    """Does something that looks like a file stand where only the engine can tell whether it takes one?"""
+    return any(
+        value.lstrip()[:8].lower().startswith(_SCHEMES)
+        if isinstance(value, str)
+        else isinstance(value, Mapping) and ("url" in value or "base64" in value)
+        for node in graph.values()
+        for name, value in node["inputs"].items()
+        if not _expects_file(node["class_type"], name, {})
+    )
+
+
 def file_references(graph: Graph, uploads: Mapping[str, frozenset[str]] | None = None) -> list[FileReference]:
     """Everything to fetch, in the graph's order. Raises WorkflowRefused for a path that leaves the input folder."""
     return [
@@ -106,9 +120,9 @@ def _references(place: FileReference, value: object) -> Iterator[FileReference]:
     elif isinstance(value, str):
         text = value.strip()
         scheme = text[:8].lower()
-        if scheme.startswith(("http://", "https://", "s3://")):
+        if scheme.startswith(_URLS):
             yield replace(place, url=text)
-        elif scheme.startswith("data:"):
+        elif scheme.startswith(_DATA):
             yield replace(place, data=text)
         elif reason := unfit_name(value):
             raise place.refused(reason, reason="path")
