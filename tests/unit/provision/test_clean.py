@@ -111,3 +111,17 @@ def test_the_rule_is_one_sentence():
         "Below 512.00 MB free, files older than 24 hours go, oldest first, until there is room; never one of a"
         " running or unread job. Models stay."
     )
+
+
+def test_a_round_that_knows_not_what_is_kept_removes_no_output(tmp_path):
+    folders = CleanedFolders(output=tmp_path / "output", engine=(), models=tmp_path / "models")
+    old = folders.output / "job" / "a.png"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"old")
+    os.utime(old, (NOW - 10 * DAY_S, NOW - 10 * DAY_S))
+
+    clean(folders, Rule(min_free_bytes=10**18), now=NOW, kept=None)
+    assert old.exists()
+
+    clean(folders, Rule(min_free_bytes=10**18), now=NOW, kept=())
+    assert not old.exists()

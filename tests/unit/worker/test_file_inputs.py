@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfyfleet.wire.errors import WorkflowRefused
-from comfyfleet.worker.stages.file_inputs import FileReference, file_references, unfit_name, upload_inputs, with_names
+from comfyfleet.worker.stages.file_inputs import (
+    FileReference,
+    file_references,
+    only_engine_knows,
+    unfit_name,
+    upload_inputs,
+    with_names,
+)
 
 
 def a_node(class_type: str, title: str = "", **inputs) -> dict:
@@ -123,3 +130,14 @@ def test_the_callers_graph_is_not_changed() -> None:
 
     assert rebuilt["1"]["inputs"]["image"] == "comfyfleet/ab.png"
     assert graph["1"]["inputs"]["image"] == "https://a.test/x"
+
+
+def test_only_a_link_at_a_place_nobody_knows_waits_for_the_engines_word():
+    def graph(class_type, **inputs):
+        return {"1": {"class_type": class_type, "inputs": inputs}}
+
+    assert only_engine_knows(graph("Picker", choice="https://example.com/cat.png"))
+    assert only_engine_knows(graph("Picker", choice=" DATA:image/png;base64,AAAA"))
+    assert only_engine_knows(graph("Picker", choice={"url": "https://example.com/cat.png"}))
+    assert not only_engine_knows(graph("LoadImage", image="https://example.com/cat.png"))
+    assert not only_engine_knows(graph("Picker", choice="cat.png", other=["2", 0], number=3))
