@@ -257,9 +257,11 @@ async def test_a_result_that_is_read_later_has_a_fresh_link(s3: S3Server, tmp_pa
 
 async def test_an_input_may_lie_in_s3(s3: S3Server, tmp_path: Path) -> None:
     graph = {"1": {"class_type": "LoadLatent", "inputs": {"latent": f"s3://{s3.bucket}/job-9/video/film.bin"}}}
-    async with a_worker(tmp_path, operator(s3), "127.0.0.1") as kit:
+    async with a_worker(tmp_path, operator(s3)) as kit:  # the operator's own store may be on a private address
         await store(kit, tmp_path, b"bytes in a bucket", "job-9")
         by_environment = await kit.fetch_inputs.run(graph, GenerateInput())
+        with pytest.raises(InputRefused, match="not a public address"):
+            await kit.fetch_inputs.run(graph, GenerateInput(s3=a_target(s3)))
     async with a_worker(tmp_path, None, "127.0.0.1") as kit:
         by_request = await kit.fetch_inputs.run(graph, GenerateInput(s3=a_target(s3)))
 

@@ -85,8 +85,11 @@ class FetchInputs:
         timeout_s: float,
         clock: Clock,
         ids: Ids,
+        trusted: GuardedFetcher | None = None,
     ) -> None:
+        """trusted: for the store that the operator named, which may be on his own network."""
         self._fetcher = fetcher
+        self._trusted = trusted or fetcher
         self._store = store
         self._destinations = destinations
         self._limits = FetchLimits(max_bytes=max_bytes, total_s=timeout_s)
@@ -158,15 +161,18 @@ class FetchInputs:
         )
         if reference.headers:
             credentials.append(Credential(url_prefix=url, headers=reference.headers))
+        fetcher = self._fetcher
         if url.lower().startswith("s3://"):
             url = await self._s3_link(reference, request)
+            if not request.s3.endpoint_url:
+                fetcher = self._trusted
         # What one caller's credentials could read, another's may not.
         name = (url, hashlib.sha256(repr(credentials_seen(credentials)).encode()).hexdigest())
         etag, known = self._seen.get(name, ("", ""))
         kept = await anyio.to_thread.run_sync(self._store.find, known) if known else None
         file, draft = await anyio.to_thread.run_sync(self._store.draft)
         try:
-            fetched = await self._fetcher.download(
+            fetched = await fetcher.download(
                 url, file, credentials=credentials, limits=self._limits, if_none_match=etag if kept else ""
             )
             await anyio.to_thread.run_sync(file.close)
@@ -188,7 +194,7 @@ class FetchInputs:
         return found
 
     async def _s3_link(self, reference: FileReference, request: GenerateInput) -> str:
-        """A signed link to `s3://bucket/key`, read through the guarded fetcher like any other URL.
+        """A signed link to `s3://bucket/key`.
 
         With the operator's keys only the operator's own bucket can be read; other buckets need the request's keys.
         """

@@ -98,6 +98,7 @@ async def open_kit(
                     timeout_s=fetch.input_timeout_s,
                     clock=clock,
                     ids=ids,
+                    trusted=trusted,
                 ),
                 store_outputs=StoreOutputs(
                     local,
