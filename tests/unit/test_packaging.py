@@ -76,6 +76,8 @@ def test_compose_has_the_four_parts_and_no_password_of_its_own():
     for name in ("control", "worker"):
         check_command(compose["services"][name]["command"])
         assert all(port.startswith("127.0.0.1:") for port in compose["services"][name]["ports"])
+    # A published port leads to no loopback.
+    assert compose["services"]["control"]["environment"]["COMFYFLEET_WORKER_HOST"] == "0.0.0.0"
     named = {volume.split(":")[0] for service in compose["services"].values() for volume in service.get("volumes", [])}
     assert named == set(compose["volumes"])
     for variable in ("POSTGRES_PASSWORD", "S3_SECRET_ACCESS_KEY", "WORKER_TOKEN"):

@@ -32,7 +32,6 @@ def command(data_dir: Path | None, min_free: int | None, models_budget: int | No
         old_after_s=own.old_after_s,
         models_budget_bytes=own.models_budget_bytes if models_budget is None else models_budget,
     )
-    (folder / "output").mkdir(parents=True, exist_ok=True)
     folders = CleanedFolders(
         output=folder / "output",
         engine=tuple(sorted(workers.glob("*/engine"))),
@@ -64,7 +63,7 @@ def kept_folders(workers: Path) -> set[str]:
         db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)
         try:
             found.update(row[0] for row in db.execute("SELECT folder FROM job"))
-        except sqlite3.OperationalError as problem:
+        except sqlite3.Error as problem:
             raise click.ClickException(f"{path} cannot be read: {problem}") from problem
         finally:
             db.close()
