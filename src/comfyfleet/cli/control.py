@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 from pathlib import Path
 
 import anyio
@@ -11,6 +12,7 @@ import click
 from comfyfleet import logs
 from comfyfleet.cli.values import PORT
 from comfyfleet.control.app import listen, serve
+from comfyfleet.control.store.connection import ConnectionLost
 from comfyfleet.settings.control import DEFAULT_PORT, control_settings
 
 
@@ -37,8 +39,21 @@ def command(**given: object) -> None:
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     logs.configure(level=settings.log_level)
+    if settings.tls_cert is not None:
+        _check_tls(settings.tls_cert, settings.tls_key)
     listener = listen(settings)
     host, port = listener.getsockname()[:2]
     settings = control_settings(os.environ, **{**given, "host": host, "port": port})
-    with listener:
-        anyio.run(serve, settings, listener, backend_options={"use_uvloop": True})
+    try:
+        with listener:
+            anyio.run(serve, settings, listener, backend_options={"use_uvloop": True})
+    except ConnectionLost as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _check_tls(cert: Path, key: Path | None) -> None:
+    """Raises UsageError unless the files hold a certificate and its key: a server would tell it by a traceback."""
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
+    except OSError as error:
+        raise click.UsageError(f"--tls-cert and --tls-key hold no certificate with its key: {error}") from error

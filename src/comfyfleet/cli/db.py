@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import click
 
-from comfyfleet.control.store.connection import Connection
+from comfyfleet.control.store.connection import Connection, ConnectionLost
 from comfyfleet.control.store.migrations import SchemaTooNew, upgrade
 from comfyfleet.control.store.transfer import (
     NotAnExport,
@@ -31,7 +31,10 @@ from comfyfleet.settings.control import control_settings
 @click.pass_context
 def command(context: click.Context, data_dir: Path | None, database: str | None) -> None:
     """Upgrade, check, export and import the control plane's database."""
-    context.obj = control_settings(os.environ, data_dir=data_dir, database=database)
+    try:
+        context.obj = control_settings(os.environ, data_dir=data_dir, database=database)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -40,7 +43,7 @@ def opened(context: click.Context) -> Iterator[Connection]:
     connection = open_connection(context.obj.database, context.obj.data_dir)
     try:
         yield connection
-    except (SchemaTooNew, NotEmpty, NotAnExport) as error:
+    except (ConnectionLost, SchemaTooNew, NotEmpty, NotAnExport) as error:
         raise click.ClickException(str(error)) from error
     finally:
         connection.close()

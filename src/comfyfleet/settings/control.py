@@ -80,6 +80,10 @@ def control_settings(env: Mapping[str, str], **given: object) -> ControlSettings
     for name in ("public_url", "advertise_url"):
         if name in values:
             values[name] = str(values[name]).rstrip("/")
+            if not str(values[name]).startswith(("http://", "https://")):
+                raise ValueError(f"{name} must be a whole http(s) address")
+    if not str(values.get("database", "postgresql://")).startswith(("postgresql://", "postgres://")):
+        raise ValueError("the database must be postgresql://…; without one it is the data directory's SQLite file")
     for name, variable in (
         ("price_gpu_hour", "COMFYFLEET_PRICE_GPU_HOUR"),
         ("price_storage_hour", "COMFYFLEET_PRICE_STORAGE_HOUR"),

@@ -66,6 +66,10 @@ def test_a_taken_port_a_foreign_address_and_no_host_name_are_refused_with_the_re
         ("up", "--port", "-1"),
         ("up", "--max-workers", "-4"),
         ("control", "--port", "70000"),
+        ("control", "--database", "nonsense"),
+        ("control", "--public-url", "nonsense"),
+        ("control", "--port", "0", "--tls-cert", __file__, "--tls-key", __file__),
+        ("db", "--database", "nonsense", "check"),
         ("env", "set", "=value", "--url", "http://127.0.0.1:1", "--api-key", "x"),
     ],
 )
@@ -84,3 +88,11 @@ def test_the_same_up_again_is_told_where_the_first_one_is(tmp_path) -> None:
 
     with held_lock(tmp_path) as lock:
         assert lock.read() == ""
+
+
+def test_a_database_that_is_away_is_one_line_without_its_password(tmp_path) -> None:
+    result = CliRunner().invoke(command, ("db", "--database", "postgresql://me:swordfish@127.0.0.1:1/x", "check"))
+
+    assert result.exit_code == 1
+    assert "Connection refused" in result.output
+    assert "swordfish" not in result.output
