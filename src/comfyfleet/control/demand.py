@@ -7,8 +7,11 @@ simulator fills the same meter in virtual time.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 import msgspec
+
+from comfyfleet.control.records import DemandRow
 
 SHORT_S = 15.0
 MIDDLE_S = 60.0
@@ -28,12 +31,20 @@ class DemandRates(msgspec.Struct, frozen=True, kw_only=True):
 class DemandMeter:
     """A sliding sum of arrivals. A young meter reads low on purpose: what waits is counted apart, as it is."""
 
-    def __init__(self) -> None:
-        self._buckets: deque[list[float]] = deque()  # [second, load units]
-        self._last_arrival_at = 0.0
+    def __init__(self, row: DemandRow | None = None) -> None:
+        """row: what was measured before."""
+        self._buckets: deque[list[float]] = deque(list(pair) for pair in row.buckets) if row else deque()
+        self._last_arrival_at = row.last_arrival_at if row else 0.0
+
+    def row(self, endpoint_id: int) -> DemandRow:
+        """For the store; [second, load units] of each bucket."""
+        buckets = tuple((second, cost) for second, cost in self._buckets)
+        return DemandRow(id=endpoint_id, last_arrival_at=self._last_arrival_at, buckets=buckets)
 
     def arrived(self, cost: float, now: float) -> None:
         second = float(int(now))
+        while self._buckets and self._buckets[0][0] < now - LONG_S:
+            self._buckets.popleft()
         if self._buckets and self._buckets[-1][0] == second:
             self._buckets[-1][1] += cost
         else:
@@ -63,16 +74,28 @@ class DemandMeter:
 
 
 class Meters:
-    """One meter per endpoint."""
+    """One meter per endpoint. They outlive a restart: a fleet is not let go because its demand was forgotten."""
 
     def __init__(self) -> None:
         self._meters: dict[int, DemandMeter] = {}
+        self._unsaved: set[int] = set()
 
     def arrived(self, endpoint_id: int, cost: float, now: float) -> None:
         meter = self._meters.get(endpoint_id)
         if meter is None:
             meter = self._meters[endpoint_id] = DemandMeter()
         meter.arrived(cost, now)
+        self._unsaved.add(endpoint_id)
+
+    def take_changes(self) -> list[DemandRow]:
+        """What to save since the last call."""
+        changed, self._unsaved = self._unsaved, set()
+        return [self._meters[endpoint_id].row(endpoint_id) for endpoint_id in changed if endpoint_id in self._meters]
+
+    def load(self, rows: Iterable[DemandRow]) -> None:
+        """What an earlier control plane measured."""
+        for row in rows:
+            self._meters[row.id] = DemandMeter(row)
 
     def rates(self, endpoint_id: int, now: float) -> DemandRates:
         meter = self._meters.get(endpoint_id)

@@ -61,8 +61,8 @@ class Desk:
         owns: Callable[[int], bool],
     ) -> None:
         self.queue = RouteQueue()
-        self._meters = Meters()
-        self.turns = Turns(queue=self.queue, workers=workers, allowance=allowance, meters=self._meters, owns=owns)
+        self.meters = Meters()
+        self.turns = Turns(queue=self.queue, workers=workers, allowance=allowance, meters=self.meters, owns=owns)
         self.reasons: dict[int, str] = {}  # endpoint -> why it waits, as the reconciler last saw it
         self._workers = workers
         self._tickets = tickets
@@ -128,13 +128,13 @@ class Desk:
 
     def arrived(self, endpoint_id: int, cost: float) -> None:
         """Work that arrived by another door and will pass the desk later (a durable job)."""
-        self._meters.arrived(endpoint_id, cost, self._clock.now())
+        self.meters.arrived(endpoint_id, cost, self._clock.now())
 
     def forget(self, endpoint_id: int) -> None:
         """It is another control plane's: whoever waits here is answered, and finds it there with the next poll."""
         self.queue.forget(endpoint_id)
         self.turns.forget(endpoint_id)
-        self._meters.forget(endpoint_id)
+        self.meters.forget(endpoint_id)
         self.reasons.pop(endpoint_id, None)
         self._backlogs.pop(endpoint_id, None)
         workers = self._workers.ids_of(endpoint_id)
@@ -239,7 +239,7 @@ class Desk:
             waiting=waiting + backlog.jobs,
             waiting_cost=cost + backlog.cost,
             oldest_wait_s=max(0.0, now - min(arrivals)) if arrivals else 0.0,
-            rates=self._meters.rates(endpoint_id, now),
+            rates=self.meters.rates(endpoint_id, now),
         )
 
     # --- inside --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from comfyfleet.clock import Clock
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.job_feed import JobFeed, Kick
 from comfyfleet.control.ownership import Ownership
-from comfyfleet.control.records import Endpoint, Workergroup
+from comfyfleet.control.records import DemandRow, Endpoint, Workergroup
 from comfyfleet.control.store.base import Store
 from comfyfleet.control.workers import Workers
 
@@ -85,6 +85,7 @@ class Janitor:
                 await self._fail(head.id, _ENDPOINT_GONE)
         is_running = any(job.endpoint_id == endpoint.id for job in await self._store.leased())
         if not self._workers.of_endpoint(endpoint.id) and not is_running:
+            await self._store.drop(DemandRow, endpoint.id)
             await self._store.drop(Endpoint, endpoint.id)
             self._catalog.drop_endpoint(endpoint.id)
 

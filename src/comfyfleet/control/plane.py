@@ -29,7 +29,7 @@ from comfyfleet.control.limits import Allowance, Limits
 from comfyfleet.control.numbers import Numbers
 from comfyfleet.control.ownership import Ownership, SoleOwner
 from comfyfleet.control.reconciler import Reconciler
-from comfyfleet.control.records import LearnedRow, WorkerRow
+from comfyfleet.control.records import DemandRow, LearnedRow, WorkerRow
 from comfyfleet.control.reports import Reports
 from comfyfleet.control.roll_call import TRUSTED_S, answering
 from comfyfleet.control.scores import Scores
@@ -144,6 +144,7 @@ class RoutingPlane:
                 worker = msgspec.json.decode(row.body, type=Worker)
                 self.workers.add(revived(worker, now), now, is_persisted=True)
         self.learned.load(await self._store.all(LearnedRow))
+        self.desk.meters.load(await self._store.all(DemandRow))
         await self._refill()
         log.info("routing.loaded", workers=len(self.workers.all()))
 
@@ -160,6 +161,7 @@ class RoutingPlane:
             trusted_s = TRUSTED_S if worker.id in there else 0.0
             self.workers.add(revived(worker, now, trusted_s=trusted_s), now, is_persisted=True)
         self.learned.load(row for row in await self._store.all(LearnedRow) if row.endpoint_id in wanted)
+        self.desk.meters.load(row for row in await self._store.all(DemandRow) if row.id in wanted)
         self._numbers.first = await self._store.reserve("request_idx")
 
     def begin(self, endpoint_id: int) -> None:
@@ -205,12 +207,14 @@ class RoutingPlane:
                 log.exception("learned.not_saved")
 
     async def save_learned(self) -> None:
-        """What jobs have shown of their shapes since the last time."""
+        """What jobs have shown of their shapes, and what arrived, since the last time."""
         changed, forgotten = self.learned.take_changes()
         for row in changed:
             await self._store.put(row)
         for row_id in forgotten:
             await self._store.drop(LearnedRow, row_id)
+        for demand in self.desk.meters.take_changes():
+            await self._store.put(demand)
 
     async def _refill(self) -> None:
         await self._numbers.refill()

@@ -158,6 +158,14 @@ class LearnedRow(msgspec.Struct, frozen=True, kw_only=True):
     costs: tuple[float, ...]
 
 
+class DemandRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What arrived at an endpoint lately: (second, load units) of its meter. id: the endpoint's."""
+
+    id: int
+    last_arrival_at: float
+    buckets: tuple[tuple[float, float], ...]
+
+
 class DecisionRow(msgspec.Struct, frozen=True, kw_only=True):
     """One scaling decision with its inputs: enough to replay it. `inputs` and `outcome` are JSON."""
 

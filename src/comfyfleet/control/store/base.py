@@ -23,6 +23,7 @@ from comfyfleet.control.records import (
     AccountVariable,
     ApiKey,
     DecisionRow,
+    DemandRow,
     Endpoint,
     LearnedRow,
     LogRow,
@@ -34,8 +35,8 @@ from comfyfleet.control.records import (
 from comfyfleet.control.store.news import Hear
 from comfyfleet.wire.jobs import JobStatus
 
-Record = Endpoint | Workergroup | Template | ApiKey | AccountVariable | WorkerRow | LearnedRow
-R = TypeVar("R", Endpoint, Workergroup, Template, ApiKey, AccountVariable, WorkerRow, LearnedRow)
+Record = Endpoint | Workergroup | Template | ApiKey | AccountVariable | WorkerRow | LearnedRow | DemandRow
+R = TypeVar("R", Endpoint, Workergroup, Template, ApiKey, AccountVariable, WorkerRow, LearnedRow, DemandRow)
 
 
 class NameTaken(Exception):

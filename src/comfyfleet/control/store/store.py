@@ -16,6 +16,7 @@ from comfyfleet.control.records import (
     AccountVariable,
     ApiKey,
     DecisionRow,
+    DemandRow,
     Endpoint,
     LearnedRow,
     LogRow,
@@ -43,6 +44,7 @@ KIND: dict[type[Record], str] = {
     AccountVariable: "variable",
     WorkerRow: "worker",
     LearnedRow: "learned",
+    DemandRow: "demand",
 }
 KEEP_DECISIONS = 10_000
 
@@ -178,7 +180,7 @@ class SqlStore(JobTable, OwnershipTable):
 
 def _note_change(connection: Connection, kind: type[Record]) -> None:
     """Other replicas keep these in memory; workers and what was learned are their endpoint's owner's."""
-    if kind not in (WorkerRow, LearnedRow):
+    if kind not in (WorkerRow, LearnedRow, DemandRow):
         connection.change(sql.BUMP, {"name": RECORDS})
 
 
