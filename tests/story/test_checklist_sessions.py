@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from comfyfleet import Serverless
 from support.fleet_world import FleetWorld, a_graph, asked
 from support.http_calls import post_json
 from support.vastai import run_vastai
@@ -147,6 +148,26 @@ for target in ["http://127.0.0.1:9/x", "http://169.254.169.254/latest", "http://
     assert bare == 401
     assert "error" in body
     assert "opened" not in refused
+
+
+@pytest.mark.anyio
+async def test_our_own_client_holds_sessions_streams_in_them_and_finds_the_other_slot(world: FleetWorld) -> None:
+    async with Serverless(world.plane.key, url=world.plane.base) as client:
+        endpoint = await client.get_endpoint("comfy")
+        async with await endpoint.session(lifetime=60) as one, await endpoint.session(lifetime=60) as other:
+            urls = {one.url, other.url}
+            answer = await one.request("/generate/sync", payloads(80)[0])
+            streamed = (await other.request("/generate/stream", payloads(81)[0], stream=True))["response"]
+            events = [event["status"] async for event in streamed]
+            both_open = await one.is_open(), await other.is_open()
+        with pytest.raises(ValueError, match="closed"):
+            await one.request("/generate/sync", payloads(82)[0])
+        async with await endpoint.session(timeout=60) as freed:
+            assert freed.url in urls
+
+    assert len(urls) == 2
+    assert (answer["ok"], answer["url"] in urls, events[-1]) == (True, True, "final_result")
+    assert both_open == (True, True)
 
 
 def lives(world: FleetWorld) -> dict[str, int]:

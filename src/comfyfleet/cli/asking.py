@@ -12,7 +12,8 @@ import click
 import msgspec
 
 from comfyfleet.client.discovery import find_control_plane
-from comfyfleet.client.transport import Transport, TransportFailure, control_plane_error
+from comfyfleet.client.stream import TransportFailure
+from comfyfleet.client.transport import Transport, control_plane_error
 from comfyfleet.wire.errors import Unavailable
 
 Command = TypeVar("Command", bound=Callable[..., Any])

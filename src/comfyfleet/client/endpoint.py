@@ -10,14 +10,17 @@ import anyio
 
 from comfyfleet.client.attempts import Attempt, next_step
 from comfyfleet.client.hints import hint_of
-from comfyfleet.client.request import RequestOutcome, RequestState, ServerlessRequest
-from comfyfleet.client.transport import Answer, TransportFailure, control_plane_error
+from comfyfleet.client.request import RequestOutcome, RequestState, ServerlessRequest, outcome_of
+from comfyfleet.client.session import Session
+from comfyfleet.client.stream import TransportFailure
+from comfyfleet.client.transport import Answer, control_plane_error, error_of_status
 
 if TYPE_CHECKING:
     from comfyfleet.client.serverless import Serverless
 
 OnProgress = Callable[[dict[str, Any]], None]
 ROUTE_TIMEOUT_S = 15.0
+_SESSION_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,32 @@ class Endpoint:
         watched.status = RequestState.COMPLETE
         watched.complete_time = self._client.clock.now()
         return outcome
+
+    async def session(
+        self,
+        cost: float = 100.0,
+        lifetime: float = 60.0,
+        on_close_route: str | None = None,
+        on_close_payload: Mapping[str, Any] | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - the known client's name
+    ) -> Session:
+        """Open a session: requests that stay on one worker. lifetime: seconds, added by each request.
+
+        Raises the error that a worker answers, TimeoutError after `timeout`.
+        """
+        wanted = {"lifetime": lifetime, "on_close_route": on_close_route, "on_close_payload": on_close_payload}
+        outcome = await self.request(
+            "/session/create", wanted, cost=cost, timeout=timeout, worker_timeout=_SESSION_TIMEOUT_S, hint={}
+        )
+        if not outcome["ok"]:
+            raise error_of_status(outcome["status"], f"no session: {outcome['text'][:300]}")
+        return Session(
+            self._client,
+            session_id=str(outcome["response"]["session_id"]),
+            lifetime=lifetime,
+            expiration=float(outcome["response"]["expiration"]),
+            auth_data=outcome["auth_data"],
+        )
 
     async def get_workers(self) -> list[EndpointWorker]:
         """The endpoint's workers, whatever their state."""
@@ -210,6 +239,7 @@ class _Way:
                 failures += 1
                 await self._client.clock.sleep(min(0.1 * 2.0 ** min(failures, 8), self._client.max_poll_interval_s))
                 continue
+            failures = 0  # in a row: a wait of hours may outlast many restarts
             if answer.status != 200 or not isinstance(answer.body, dict):
                 raise RuntimeError(f"Failed to route endpoint: {control_plane_error(answer)}")
             self._watched.request_idx = int(answer.body.get("request_idx") or self._watched.request_idx)
@@ -237,16 +267,25 @@ class _Way:
             return await post()
         # A failure of the one must not arrive wrapped in the other's task group: carry it out by hand.
         answer: Answer | None = None
-        failure: TransportFailure | None = None
+        failure: Exception = TransportFailure("no answer")
         async with anyio.create_task_group() as following:
-            following.start_soon(self._follow_progress, auth_data, on_progress, name="progress")
+
+            async def follow() -> None:
+                nonlocal failure
+                try:
+                    await self._follow_progress(auth_data, on_progress)
+                except Exception as error:  # the caller's own, from on_progress: it ends the request
+                    failure = error
+                    following.cancel_scope.cancel()
+
+            following.start_soon(follow, name="progress")
             try:
                 answer = await post()
             except TransportFailure as error:
                 failure = error
             following.cancel_scope.cancel()
         if answer is None:
-            raise failure or TransportFailure("no answer")
+            raise failure
         return answer
 
     async def _follow_progress(self, auth_data: dict[str, Any], on_progress: OnProgress) -> None:
@@ -257,23 +296,15 @@ class _Way:
             )
             if values is None:
                 return
-            async for value in values:
-                if isinstance(value, dict):
-                    self._watched.progress = value
-                    on_progress(value)
+            async with values:
+                async for value in values:
+                    if isinstance(value, dict):
+                        self._watched.progress = value
+                        on_progress(value)
         except TransportFailure:
             return
 
     def _outcome(self, auth_data: dict[str, Any], answer: Answer) -> RequestOutcome:
         started = self._first_post_at if self._first_post_at is not None else self._client.clock.now()
-        return RequestOutcome(
-            response=answer.body if answer.status < 400 or isinstance(answer.body, dict) else {"error": answer.text},
-            ok=answer.status // 100 == 2,
-            status=answer.status,
-            text=answer.text,
-            content_type=answer.content_type,
-            latency=self._client.clock.now() - started,
-            url=str(auth_data.get("url", "")),
-            request_idx=self._watched.request_idx,
-            auth_data=auth_data,
-        )
+        latency = self._client.clock.now() - started
+        return outcome_of(answer, auth_data, request_idx=self._watched.request_idx, latency=latency)

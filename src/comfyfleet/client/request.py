@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypedDict
+
+from comfyfleet.client.transport import Answer
 
 
 class RequestState(StrEnum):
@@ -35,6 +36,21 @@ class RequestOutcome(TypedDict):
     auth_data: dict[str, Any]
 
 
+def outcome_of(answer: Answer, auth_data: dict[str, Any], *, request_idx: int, latency: float) -> RequestOutcome:
+    """A worker's answer as its caller gets it."""
+    return RequestOutcome(
+        response=answer.body if answer.status < 400 or isinstance(answer.body, dict) else {"error": answer.text},
+        ok=answer.status // 100 == 2,
+        status=answer.status,
+        text=answer.text,
+        content_type=answer.content_type,
+        latency=latency,
+        url=str(auth_data.get("url", "")),
+        request_idx=request_idx,
+        auth_data=auth_data,
+    )
+
+
 @dataclass(kw_only=True)
 class ServerlessRequest:
     """Pass one to `endpoint.request` and read it from another task. Times are epoch seconds.
@@ -50,6 +66,3 @@ class ServerlessRequest:
     request_idx: int = 0
     waiting_for: str = ""
     progress: dict[str, Any] = field(default_factory=dict)
-
-
-Stream = AsyncIterator[Any]

@@ -17,7 +17,8 @@ from typing import Any
 from comfyfleet.client.discovery import find_control_plane
 from comfyfleet.client.endpoint import Endpoint
 from comfyfleet.client.request import RequestOutcome
-from comfyfleet.client.transport import Transport, TransportFailure, control_plane_error
+from comfyfleet.client.stream import TransportFailure
+from comfyfleet.client.transport import Transport, control_plane_error
 from comfyfleet.clock import Clock, SystemClock
 from comfyfleet.ids import Ids, SystemIds
 from comfyfleet.retry import SHORT
@@ -53,7 +54,9 @@ class Serverless:
         self.ids: Ids = ids or SystemIds()
         self.transport = Transport(connection_limit=connection_limit, ca_url=f"{self.url}/static/jvastai_root.cer")
         if debug:
-            logging.basicConfig(level=logging.DEBUG)
+            log.setLevel(logging.DEBUG)
+            if not log.handlers:  # ours alone: what the rest of the program logs is its own business
+                log.addHandler(logging.StreamHandler())
 
     async def __aenter__(self) -> Serverless:
         await self.transport.open()

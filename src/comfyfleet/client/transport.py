@@ -7,22 +7,18 @@ machine of somebody else's.
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 import msgspec
 
+from comfyfleet.client.stream import EventStream, TransportFailure
 from comfyfleet.version import __version__
 from comfyfleet.wire.errors import FleetError, all_errors
 
 USER_AGENT = f"comfyfleet/{__version__}"
 _ERRORS_BY_CODE = {kind.code: kind for kind in all_errors()}
-
-
-class TransportFailure(Exception):
-    """No answer came: refused, reset, cut off or timed out. A repeat is safe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +52,16 @@ def control_plane_error(answer: Answer) -> FleetError:
     body = answer.body if isinstance(answer.body, dict) else {}
     code, message = str(body.get("error", "")), str(body.get("msg", "") or answer.text[:300])
     kind = _ERRORS_BY_CODE.get(code)
-    if kind is None:
-        kind = next((k for k in all_errors() if k.status == answer.status and k is not FleetError), FleetError)
     details = body.get("details")
+    if kind is None:
+        kind = type(error_of_status(answer.status, message))
     return kind(f"HTTP {answer.status}: {message}", **(details if isinstance(details, dict) else {}))
+
+
+def error_of_status(status: int, message: str) -> FleetError:
+    """The plainest error of ours with this HTTP status."""
+    kind = next((k for k in all_errors() if k.status == status and k is not FleetError), FleetError)
+    return kind(f"HTTP {status}: {message}")
 
 
 def _retry_after(headers: Any) -> float | None:
@@ -119,7 +121,7 @@ class Transport:
             retry_after_s=_retry_after(response.headers),
         )
 
-    async def stream(self, url: str, *, json: Any) -> tuple[Answer | None, AsyncIterator[Any] | None]:
+    async def stream(self, url: str, *, json: Any) -> tuple[Answer | None, EventStream | None]:
         """Post and follow: (None, values) on 2xx, else (the error answer, None)."""
         try:
             response = await self._opened.post(
@@ -131,8 +133,9 @@ class Transport:
                 allow_redirects=False,
             )
             if response.status // 100 == 2:
-                return None, _events(response)
-            raw = await response.read()
+                return None, EventStream(response)
+            async with response:
+                raw = await response.read()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise TransportFailure(str(error) or type(error).__name__) from error
         body, text = parse_body(raw, response.headers.get("Content-Type", ""))
@@ -143,7 +146,6 @@ class Transport:
             content_type=response.headers.get("Content-Type"),
             retry_after_s=_retry_after(response.headers),
         )
-        response.release()
         return answer, None
 
     @property
@@ -171,28 +173,3 @@ class Transport:
                         context.load_verify_locations(cadata=await response.text())
             self._tls = context
         return self._tls
-
-
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:
-    """One value per line, an optional `data:` before it; lines that are not JSON (comments, [DONE]) are skipped."""
-    try:
-        buffered = b""
-        async for chunk in response.content.iter_any():
-            *lines, buffered = (buffered + chunk).split(b"\n")
-            for line in lines:
-                if (value := _event_value(line)) is not None:
-                    yield value
-        if (value := _event_value(buffered)) is not None:
-            yield value
-    except (aiohttp.ClientError, OSError) as error:
-        raise TransportFailure(str(error) or type(error).__name__) from error
-    finally:
-        response.close()
-
-
-def _event_value(line: bytes) -> Any:
-    text = line.strip().removeprefix(b"data:").strip()
-    try:
-        return msgspec.json.decode(text) if text else None
-    except msgspec.DecodeError:
-        return None
