@@ -54,7 +54,7 @@ def load_sound(path: str) -> tuple[Tensor, int]:
     """((1, channels, samples) float32, sample rate) of the first sound stream. Raises ValueError when there is none."""
     with av.open(path) as container:
         if not container.streams.audio:
-            raise ValueError("no audio stream found in the file")
+            raise ValueError("there is no sound in this file")
         stream = container.streams.audio[0]
         rate_hz, channels = stream.codec_context.sample_rate, stream.channels
         blocks = []

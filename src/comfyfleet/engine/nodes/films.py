@@ -17,14 +17,14 @@ NODES = NodeRegistry()
 @NODES.node(
     "CreateVideo",
     inputs={
-        "images": link("IMAGE", tooltip="The images to create a video from."),
+        "images": link("IMAGE", tooltip="Its frames, in order."),
         "fps": real(30.0, 1.0, 120.0, step=1.0),
-        "audio": link("AUDIO", required=False, tooltip="The audio to add to the video."),
+        "audio": link("AUDIO", required=False, tooltip="Its sound, if any."),
     },
     outputs=["VIDEO"],
     category="image/video",
     display_name="Create Video",
-    description="Create a video from images.",
+    description="Puts frames and sound together.",
 )
 def create_video(run: NodeRun, *, images: Tensor, fps: float, audio: Audio | None = None) -> tuple[Video]:
     return (Video(frames=images, fps=Fraction(fps), audio=audio),)

@@ -35,9 +35,9 @@ OLD_LATENT_SCALE = 1.0 / 0.18215  # files written before the format had a versio
 @NODES.node(
     "EmptyLatentImage",
     inputs={
-        "width": integer(512, 16, MAX_SIDE, step=8, tooltip="The width of the latent images in pixels."),
-        "height": integer(512, 16, MAX_SIDE, step=8, tooltip="The height of the latent images in pixels."),
-        "batch_size": integer(1, 1, 4096, tooltip="The number of latent images in the batch."),
+        "width": integer(512, 16, MAX_SIDE, step=8, tooltip="Pixels across."),
+        "height": integer(512, 16, MAX_SIDE, step=8, tooltip="Pixels down."),
+        "batch_size": integer(1, 1, 4096, tooltip="How many at once."),
     },
     outputs=["LATENT"],
     category="latent",
@@ -70,7 +70,7 @@ def empty_video_latent(run: NodeRun, *, width: int, height: int, length: int, ba
     "EmptyAceStepLatentAudio",
     inputs={
         "seconds": real(120.0, 1.0, 1000.0, step=0.1),
-        "batch_size": integer(1, 1, 4096, tooltip="The number of latent images in the batch."),
+        "batch_size": integer(1, 1, 4096, tooltip="How many at once."),
     },
     outputs=["LATENT"],
     category="latent/audio",

@@ -35,10 +35,15 @@ def _crop_center(samples: Tensor, new_aspect: float) -> Tensor:
     old_aspect = old_width / old_height
     x = y = 0
     if old_aspect > new_aspect:
-        x = round((old_width - old_width * (new_aspect / old_aspect)) / 2)
+        x = _margin(old_width, new_aspect / old_aspect)
     elif old_aspect < new_aspect:
-        y = round((old_height - old_height * (old_aspect / new_aspect)) / 2)
+        y = _margin(old_height, old_aspect / new_aspect)
     return samples[..., y : old_height - y, x : old_width - x]
+
+
+def _margin(side: int, kept: float) -> int:
+    """What goes from each end of a side of which a share is kept."""
+    return round((side - side * kept) / 2)
 
 
 def _lanczos(samples: Tensor, width: int, height: int) -> Tensor:

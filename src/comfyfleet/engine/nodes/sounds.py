@@ -28,9 +28,9 @@ MAX_SECONDS = 18446744073709551615
 @NODES.node(
     "EmptyAudio",
     inputs={
-        "duration": real(60.0, 0.0, MAX_SECONDS, step=0.01, tooltip="Duration of the empty audio clip in seconds"),
-        "sample_rate": integer(44100, 1, 192_000, tooltip="Sample rate of the empty audio clip."),
-        "channels": integer(2, 1, 2, tooltip="Number of audio channels (1 for mono, 2 for stereo)."),
+        "duration": real(60.0, 0.0, MAX_SECONDS, step=0.01, tooltip="How long, in seconds."),
+        "sample_rate": integer(44100, 1, 192_000, tooltip="Samples a second."),
+        "channels": integer(2, 1, 2, tooltip="1 is mono, 2 is stereo."),
     },
     outputs=["AUDIO"],
     category="audio",

@@ -86,11 +86,11 @@ async def get_tree(request: Request) -> Response:
     home, given = _home(request), unquote(request.query_params.get("path", ""))
     folder = _place(home, given) if given else home
     if folder is None:
-        return PlainTextResponse("Invalid path requested", 400)
+        return PlainTextResponse("This path leads out of the user's folder", 400)
     if not folder.exists():
-        return PlainTextResponse("Requested path not found", 404) if given else json_answer([])
+        return PlainTextResponse("There is nothing at this path", 404) if given else json_answer([])
     if not folder.is_dir():
-        return PlainTextResponse("Requested path is not a directory", 400)
+        return PlainTextResponse("This path is no folder", 400)
     entries: list[dict[str, Any]] = []
     for path in folder.rglob("*"):
         entry: dict[str, Any] = {"name": path.name, "path": path.relative_to(home).as_posix(), "type": "directory"}
