@@ -15,6 +15,7 @@ from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.keys import Keyring
 from comfyfleet.control.records import AccountVariable, ApiKey, Endpoint, Template, Workergroup
 from comfyfleet.control.store.base import Store
+from comfyfleet.control.store.connection import ConnectionLost
 
 log = structlog.get_logger()
 
@@ -29,7 +30,7 @@ class RecordMirror:
         self._account = account
         self._clock = clock
         self._version = -1
-        self._looked_at = float("-inf")
+        self._looked_at = self._failed_at = float("-inf")
         self._lock = anyio.Lock()
         self._behind = anyio.Event()
 
@@ -49,13 +50,21 @@ class RecordMirror:
                 await self._clock.sleep(0.5)
 
     async def refresh(self) -> bool:
-        """Read again what changed; True when something may have. Callers at the same time share one look."""
+        """Read again what changed; True when something may have. Callers at the same time share one look, also one that
+        fails. Raises ConnectionLost.
+        """
         asked_at = self._clock.monotonic()
         async with self._lock:
             if self._looked_at > asked_at:
                 return True
+            if self._failed_at > asked_at:
+                raise ConnectionLost("the database did not answer a moment ago")
             looked_at = self._clock.monotonic()
-            version = await self._store.records_version()
+            try:
+                version = await self._store.records_version()
+            except ConnectionLost:
+                self._failed_at = self._clock.monotonic()
+                raise
             self._looked_at = looked_at
             if version == self._version:
                 return False
