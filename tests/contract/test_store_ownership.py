@@ -187,14 +187,32 @@ async def test_the_first_secret_of_a_name_is_everybodys(store):
     assert await store.secret("ticket") == "first"
 
 
+def stops_between_two_statements(stopped: PostgresConnection) -> None:
+    stopped.begin()
+    stopped.change(HOLDS, {})
+
+
+def stops_in_mid_pipeline(stopped: PostgresConnection) -> None:
+    """The server has the statement, and waits for what else is sent."""
+    raw = stopped._connected()
+    raw.pipeline().__enter__()
+    raw.execute("BEGIN")
+    raw.execute(HOLDS)
+    raw.pgconn.send_flush_request()
+    raw.pgconn.flush()
+
+
+HOLDS = "UPDATE replica SET url = 'http://held' WHERE id = 'stopped'"
+
+
 @pytest.mark.slow
-async def test_a_process_that_stops_inside_a_transaction_holds_the_others_up_for_no_longer_than_a_lease(postgres_url):
+@pytest.mark.parametrize("stops", [stops_between_two_statements, stops_in_mid_pipeline])
+async def test_a_process_that_stops_inside_a_transaction_does_not_hold_the_others_up(postgres_url, stops):
     store = open_postgres(postgres_url)
     stopped = PostgresConnection(postgres_url)
     try:
         await enrolled(store, "stopped")
-        stopped.begin()
-        stopped.change("UPDATE replica SET url = 'http://held' WHERE id = 'stopped'", {})
+        stops(stopped)
         with anyio.fail_after(60):
             await store.leave("stopped")  # waits for the row
         with pytest.raises(ConnectionLost):

@@ -180,6 +180,7 @@ class JobTable:
 
     async def prune(self, finished_before: float) -> int:
         def work(connection: Connection) -> int:
+            connection.take_time()
             connection.change(sql.PRUNE_EVENTS, {"before": finished_before})
             return connection.change(sql.PRUNE_JOBS, {"before": finished_before})
 

@@ -21,7 +21,13 @@ _TELL = f"SELECT pg_notify('{CHANNEL}', :payload)"
 # A process that is stopped inside a transaction would hold its rows, and the other replicas, for as long as that lasts:
 # the server ends it before the stopped one's lease is over (`control.ownership`).
 _IDLE_IN_TRANSACTION_MS = 2500
-_LOST = (psycopg.OperationalError, psycopg.errors.IdleInTransactionSessionTimeout)
+# One that is stopped while it sends a pipeline is not idle to the server; from PostgreSQL 17 on this ends it, too.
+_TRANSACTION_MS = 4000
+_LOST = (
+    psycopg.OperationalError,
+    psycopg.errors.IdleInTransactionSessionTimeout,
+    psycopg.errors.TransactionTimeout,
+)
 
 
 @lru_cache(maxsize=256)
@@ -76,7 +82,16 @@ class PostgresConnection:
 
     def begin_exclusive(self) -> None:
         self.begin()
+        self.take_time()
         self.rows(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})", {})
+
+    def take_time(self) -> None:
+        self.change("SET LOCAL idle_in_transaction_session_timeout = 0", {})
+        if self._has_limit():
+            self.change("SET LOCAL transaction_timeout = 0", {})
+
+    def _has_limit(self) -> bool:
+        return self._raw is not None and self._raw.info.server_version >= 170000
 
     def commit(self) -> None:
         self.change("COMMIT", {})
@@ -115,6 +130,8 @@ class PostgresConnection:
                 self._raw.execute("SET default_transaction_read_only = on")
             else:
                 self._raw.execute(f"SET idle_in_transaction_session_timeout = {_IDLE_IN_TRANSACTION_MS}")
+                if self._has_limit():
+                    self._raw.execute(f"SET transaction_timeout = {_TRANSACTION_MS}")
         return self._raw
 
     def _lost(self, error: psycopg.Error) -> ConnectionLost:

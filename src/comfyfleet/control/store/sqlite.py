@@ -51,6 +51,9 @@ class SqliteConnection:
     def begin_exclusive(self) -> None:
         self._raw.execute("BEGIN EXCLUSIVE")
 
+    def take_time(self) -> None:
+        """It may anyway."""
+
     def commit(self) -> None:
         self._raw.execute("COMMIT")
 

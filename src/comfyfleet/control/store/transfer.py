@@ -115,6 +115,7 @@ def import_lines(connection: Connection, lines: Iterable[bytes]) -> int:
         raise NotAnExport(f"an export of schema step {head.get('comfyfleet_export')}, this version has {LATEST}")
     count = 0
     connection.begin()
+    connection.take_time()
     try:
         for line in incoming:
             entry = msgspec.json.decode(line, type=_Line)
