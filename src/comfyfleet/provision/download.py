@@ -21,7 +21,7 @@ from comfyfleet.provision.plan import Verb, decide, look
 from comfyfleet.provision.progress import FileProgress
 from comfyfleet.provision.ranges import Pauses, Remote, SourceChanged
 from comfyfleet.provision.sources import Source, sources_of
-from comfyfleet.provision.staging import Staged, lock_path, room_or_disk_full, staged
+from comfyfleet.provision.staging import Staged, disk_trouble_told, lock_path, staged
 from comfyfleet.provision.template import ModelFile
 from comfyfleet.provision.transfer import Received, Transfer, TransferLimits
 from comfyfleet.settings.provision import SourceSettings
@@ -61,11 +61,8 @@ class Downloader:
     async def fetch(self, model: ModelFile, models_dir: Path, progress: FileProgress) -> Path:
         """The file at its final place. Raises ProvisionFailed when a source or the disk fails, DiskFull."""
         target = models_dir / model.relative_path
-        try:
-            with room_or_disk_full(target, model.size_bytes or 0):
-                await self._fetch(model, models_dir, target, progress)
-        except OSError as problem:  # the disk's: what the network does to us has names of its own
-            raise ProvisionFailed(f"{model.name} cannot be written: {problem.strerror}", reason="disk") from problem
+        with disk_trouble_told(target, model.size_bytes or 0):  # what the network does to us has names of its own
+            await self._fetch(model, models_dir, target, progress)
         return target
 
     async def _fetch(self, model: ModelFile, models_dir: Path, target: Path, progress: FileProgress) -> None:
@@ -93,6 +90,8 @@ class Downloader:
                 await self._from(source, model, file, progress)
                 return
             except ProvisionFailed as failure:
+                if failure.details.get("reason") == "disk":
+                    raise  # no other source would change that
                 failures.append(failure.message)
                 log.warning("download.source_failed", file=model.name, why=failure.message)
         raise ProvisionFailed(f"{model.name}: {'; '.join(dict.fromkeys(failures))}", file=model.name)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from comfyfleet.provision.staging import Staged, room_or_disk_full
+from comfyfleet.provision.staging import Staged, disk_trouble_told
 from comfyfleet.provision.template import ModelFile
 from comfyfleet.wire.errors import ProvisionFailed
 
@@ -30,7 +30,7 @@ async def copy_from(offline_dir: Path, model: ModelFile, file: Staged) -> str:
 def _copy(path: Path, file: Staged) -> str:
     file.forget()
     digest = hashlib.sha256()
-    with path.open("rb") as source, room_or_disk_full(file.target, path.stat().st_size):
+    with path.open("rb") as source, disk_trouble_told(file.target, path.stat().st_size):
         os.ftruncate(file.fd, 0)
         offset = 0
         while block := source.read(_BLOCK_BYTES):

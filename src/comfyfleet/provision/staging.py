@@ -16,7 +16,7 @@ import anyio.to_thread
 
 from comfyfleet.provision.chunks import Identity, Ledger, boot_id, create_ledger, read_ledger
 from comfyfleet.provision.progress import size
-from comfyfleet.wire.errors import DiskFull
+from comfyfleet.wire.errors import DiskFull, ProvisionFailed
 
 _MOST_BLOCKS = 512  # IOV_MAX is 1024
 
@@ -58,7 +58,7 @@ class Staged:
     def begin(self, identity: Identity, *, chunk_bytes: int) -> Ledger:
         """An empty file of the final length, and its ledger. Raises DiskFull."""
         self.forget()
-        with room_or_disk_full(self.target, identity.size_bytes):
+        with disk_trouble_told(self.target, identity.size_bytes):
             os.ftruncate(self.fd, 0)
             os.ftruncate(self.fd, identity.size_bytes)
             self.ledger = create_ledger(
@@ -82,7 +82,7 @@ class Staged:
 
     def _write(self, blocks: list[bytes], offset: int) -> int:
         total = sum(map(len, blocks))
-        with room_or_disk_full(self.target, total):
+        with disk_trouble_told(self.target, total):
             count = os.pwritev(self.fd, blocks[:_MOST_BLOCKS], offset)
             if count < total:  # more blocks than one call takes, or the system took a part
                 rest = memoryview(b"".join(blocks))[count:]
@@ -121,8 +121,11 @@ async def staged(target: Path) -> AsyncIterator[Staged]:
         file.close()
 
 
-class room_or_disk_full:  # noqa: N801 - reads as the statement it is
-    """`with room_or_disk_full(path, n):` turns "no space left" into DiskFull with figures."""
+class disk_trouble_told:  # noqa: N801 - reads as the statement it is
+    """`with disk_trouble_told(path, n):` turns "no space left" into DiskFull, all else into ProvisionFailed.
+
+    Around disk work only: a network's OSError is worth another try, a disk's is not.
+    """
 
     def __init__(self, target: Path, needed_bytes: int) -> None:
         self._target = target
@@ -132,8 +135,13 @@ class room_or_disk_full:  # noqa: N801 - reads as the statement it is
         return None
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if not isinstance(error, OSError):
+            return
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_full(self._target, self._needed_bytes, free_bytes(self._target.parent)) from error
+        raise ProvisionFailed(
+            f"{self._target.name} cannot be written: {error.strerror or error}", file=self._target.name, reason="disk"
+        ) from error
 
 
 def free_bytes(folder: Path) -> int:
