@@ -44,6 +44,7 @@ class WorkerLoad:
         "_booked_cost",
         "_bookings",
         "_extra_cost",
+        "_has_sessions",
         "_head_since",
         "_tail_models",
         "is_open",
@@ -63,6 +64,7 @@ class WorkerLoad:
         self._booked_cost = 0.0
         self._tail_models: frozenset[str] = frozenset()  # of the request booked last
         self._extra_cost = 0.0  # sessions: load that no ticket explains
+        self._has_sessions = False  # even of cost 0
         self._head_since = 0.0  # when the request at the head probably began to run
 
     @property
@@ -78,7 +80,7 @@ class WorkerLoad:
     @property
     def is_leased(self) -> bool:
         """Somebody's work is there, or may arrive: such a worker is never stopped."""
-        return bool(self._bookings) or self._extra_cost > 0
+        return bool(self._bookings) or self._has_sessions
 
     def is_warm(self, models: frozenset[str]) -> bool:
         """These models will be in memory when another request begins: they are now, and what is booked last keeps them.
@@ -146,8 +148,8 @@ class WorkerLoad:
                 self.book(Booking(request_idx=request_idx, cost=share, at=now, seen=True))
                 known_cost += share
         # Only where the worker counts more requests than it lists are there sessions to explain the difference.
-        has_sessions = working_count > len(working)
-        self._extra_cost = max(0.0, cur_load - known_cost) if has_sessions else 0.0
+        self._has_sessions = working_count > len(working)
+        self._extra_cost = max(0.0, cur_load - known_cost) if self._has_sessions else 0.0
         return adopted
 
     def clear(self) -> list[int]:
@@ -155,4 +157,5 @@ class WorkerLoad:
         lost = list(self._bookings)
         self._bookings.clear()
         self._booked_cost = self._extra_cost = 0.0
+        self._has_sessions = False
         return lost

@@ -88,6 +88,23 @@ async def test_an_update_that_is_called_off_leaves_the_rest_as_they_are_and_drai
         assert isinstance(world.ask(), Placed)
 
 
+async def test_a_worker_with_an_open_session_is_not_updated_even_if_the_session_costs_nothing(tmp_path):
+    async with RoutingWorld(tmp_path, cold_workers=1, max_workers=1, min_load=0.1) as world:
+        await world.tick()
+        world.report(1, num_requests_working=1)
+        world.catalog.put_workergroup(msgspec.structs.replace(world.group, update_generation=1, is_updating=True))
+        for _ in range(3):
+            await world.tick()
+            world.report(1, num_requests_working=1)
+        during = [verb for verb, _ in world.fleet.calls]
+        world.report(1)
+        for _ in range(2):
+            await world.tick()
+
+        assert "start" not in during
+        assert [verb for verb, _ in world.fleet.calls].count("start") == 1
+
+
 async def test_deleting_an_endpoint_lets_running_work_end_first(tmp_path):
     async with RoutingWorld(tmp_path, cold_workers=1, max_workers=1) as world:
         await world.tick()

@@ -170,6 +170,9 @@ class TicketedServer:
             return
         if session is None:
             self._follow(job, claims)
+        elif self._followers is not None and not job.is_final:
+            self._sessions.job_began(session)
+            self._followers.start_soon(self._until_session_job_ends, job, session)
         if path == "/generate/sync":
             await self._routes.answer_sync(job, headers, scope, receive, send)
         elif path == "/generate/stream":
@@ -185,6 +188,11 @@ class TicketedServer:
         self._on_change()
         self._followed.add(job)
         self._followers.start_soon(self._until_end, job, claims.reqnum, job.is_final)
+
+    async def _until_session_job_ends(self, job: Job, session: Session) -> None:
+        await job.done.wait()
+        self._sessions.job_ended(session)
+        self._on_change()
 
     async def _until_end(self, job: Job, reqnum: int, is_replay: bool) -> None:
         await job.done.wait()

@@ -59,11 +59,24 @@ class SessionRoutes:
             return JsonResponse({"ended": True, "removed_session": session_id})
         raise NotFound("there is no such route")
 
+    def job_began(self, session: Session) -> None:
+        """A job of the session runs; `job_ended` follows."""
+        session.running += 1
+
+    def job_ended(self, session: Session) -> None:
+        """A session lives its lifetime beyond its last job; one that was closed meanwhile has done its work now."""
+        now = self._clock.now()
+        session.running -= 1
+        session.expires_at = max(session.expires_at, now + session.lifetime_s)
+        if session.is_closed and not session.running:
+            self._book.end(reqnum=session.claims.reqnum, status="Success", now=now)
+
     async def close(self, session: Session) -> None:
         """End it, book its work, and tell whoever asked to be told. A receiver that fails changes nothing here."""
         if self.table.close(session.session_id) is None:
             return
-        self._book.end(reqnum=session.claims.reqnum, status="Success", now=self._clock.now())
+        if not session.running:  # else its load is on the worker until the last job is done
+            self._book.end(reqnum=session.claims.reqnum, status="Success", now=self._clock.now())
         if session.on_close_route:
             body = msgspec.json.encode({**session.on_close_payload, "session_id": session.session_id})
             try:

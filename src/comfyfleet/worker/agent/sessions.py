@@ -19,7 +19,7 @@ MAX_LIFETIME_S = 24 * 3600.0
 
 @dataclass(kw_only=True)
 class Session:
-    """Times are epoch seconds."""
+    """Times are epoch seconds. running: its jobs that are not done; a session in use does not expire."""
 
     session_id: str
     auth_data: Mapping[str, Any]
@@ -29,6 +29,11 @@ class Session:
     expires_at: float
     on_close_route: str
     on_close_payload: Mapping[str, Any]
+    running: int = 0
+    is_closed: bool = False
+
+    def has_expired(self, now: float) -> bool:
+        return not self.running and self.expires_at < now
 
     def as_dict(self) -> dict[str, Any]:
         """The answer of `/session/get`, in the known worker's words."""
@@ -89,7 +94,7 @@ class Sessions:
     def find(self, session_id: str, auth_data: Mapping[str, Any], now: float) -> Session | None:
         """The open session of that id, for its owner. Raises Unauthorized for anybody else."""
         session = self._open.get(session_id)
-        if session is None or session.expires_at < now:
+        if session is None or session.has_expired(now):
             return None
         if dict(auth_data) != dict(session.auth_data):
             raise Unauthorized("session_auth is not this session's", reason="other_session_auth")
@@ -105,7 +110,10 @@ class Sessions:
 
     def close(self, session_id: str) -> Session | None:
         """Remove it; None when it was closed already."""
-        return self._open.pop(session_id, None)
+        session = self._open.pop(session_id, None)
+        if session is not None:
+            session.is_closed = True
+        return session
 
     def expired(self, now: float) -> list[Session]:
-        return [session for session in self._open.values() if session.expires_at < now]
+        return [session for session in self._open.values() if session.has_expired(now)]

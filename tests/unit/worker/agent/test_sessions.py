@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from comfyfleet.ids import SeededIds
+from comfyfleet.testing.clock import FakeClock
 from comfyfleet.wire.errors import BadRequest, SessionGone, TooManyRequests, Unauthorized
 from comfyfleet.wire.tickets import TicketClaims
+from comfyfleet.worker.agent.load_book import LoadBook
+from comfyfleet.worker.agent.session_routes import SessionRoutes
 from comfyfleet.worker.agent.sessions import Session, Sessions
 
 CLAIMS = TicketClaims(url="u", endpoint="e", cost=100.0, reqnum=1, request_idx=1, exp=0.0, sub="k")
@@ -55,3 +58,26 @@ def test_a_full_table_is_told_before_a_ticket_is_used_up() -> None:
 def test_a_lifetime_that_is_none_is_refused(lifetime_s: float) -> None:
     with pytest.raises(BadRequest):
         opened(Sessions(limit=0, ids=SeededIds(1)), lifetime_s=lifetime_s)
+
+
+@pytest.mark.anyio
+async def test_a_session_in_use_neither_expires_nor_gives_its_load_back_before_its_job_is_done() -> None:
+    clock, book, table = FakeClock(0.0), LoadBook(), Sessions(limit=1, ids=SeededIds(1))
+    routes = SessionRoutes(table=table, book=book, clock=clock, fetcher=None)  # type: ignore[arg-type]
+    session = opened(table, lifetime_s=60.0)
+    book.begin(reqnum=CLAIMS.reqnum, request_idx=0, cost=100.0, now=0.0)
+
+    routes.job_began(session)
+    clock.jump(500.0)
+    assert table.expired(clock.now()) == []
+    table.use(session.session_id, AUTH, clock.now())
+    routes.job_ended(session)
+    assert table.expired(clock.now() + 59.0) == [], "it lives its lifetime beyond its last job"
+
+    routes.job_began(session)
+    await routes.close(session)
+    while_it_runs = book.current_load
+    routes.job_ended(session)
+
+    assert (while_it_runs, book.current_load) == (100.0, 0.0)
+    table.check_room()
