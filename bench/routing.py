@@ -128,7 +128,10 @@ def policies() -> dict[str, list[tuple[ScalePolicy, Strategy, bool]]]:
         given = {"cold_workers": 0, "max_workers": 30, "cold_mult": 1.0, **fields}
         return ScalePolicy(endpoint_id=1, **given)
 
-    grid = [policy(target_util=1.0, target_queue_time=queue_s) for queue_s in (5.0, 30.0, 90.0, 180.0)]
+    grid = [
+        policy(target_util=1.0, target_queue_time=queue_s, max_queue_time=full_s)
+        for queue_s, full_s in ((5.0, 30.0), (30.0, 30.0), (90.0, 30.0), (90.0, 60.0))
+    ]
     return {
         "comfyfleet": [(point, OurAutoscaler(), True) for point in grid],
         # Without affinity more capacity is needed for the same wait, so it may choose a lower utilisation too.
