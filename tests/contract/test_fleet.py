@@ -119,12 +119,23 @@ async def test_logs_are_the_last_lines_and_nothing_for_a_stranger(fleet):
     assert await fleet.logs(99, 10) == ""
 
 
+async def test_a_fleet_tells_its_machines_and_what_happened(fleet):
+    await fleet.create(spec(1))
+
+    nodes = await fleet.nodes()
+
+    assert sum(node.gpus for node in nodes if node.is_alive) == 2
+    assert fleet.trouble == ""
+    assert all(event.kind and event.at for event in fleet.events())
+
+
 CONTRACT = (
     test_a_worker_exists_from_create_to_destroy_and_keeps_its_id_while_stopped,
     test_every_call_may_be_repeated,
     test_a_full_fleet_says_so_and_makes_nothing,
     test_starting_a_worker_that_does_not_exist_is_refused,
     test_logs_are_the_last_lines_and_nothing_for_a_stranger,
+    test_a_fleet_tells_its_machines_and_what_happened,
 )
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 from importlib.util import find_spec
 
 import psutil
 import pytest
+from click.testing import CliRunner
 
+from comfyfleet.cli.main import command
 from support.ray_cluster import until
 from support.ray_world import LIMIT_S, WORKERS, RayWorld, ray_world
 
@@ -104,10 +107,22 @@ def lose_the_head(world: RayWorld, nodes: list[str]) -> None:
     assert {process.pid for process in world.processes()} == running
 
 
+def typed(world: RayWorld, *words: str) -> str:
+    """What a user reads who types `comfyfleet` and these words."""
+    env = {"COMFYFLEET_URL": world.plane.base, "COMFYFLEET_API_KEY": world.plane.key, "HOME": str(world.plane.folder)}
+    done = CliRunner().invoke(command, words, env=env)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_a_fleet_on_ray_outlives_its_nodes_and_its_head_and_no_worker_has_two_lives(tmp_path):
     with ray_world(tmp_path) as world:
         assert {row["price_hour"] for row in world.workers()} == {0.5}, "half of its machine each, by the label"
+
+        assert re.search(r"^a +\S+ +alive +2 ", typed(world, "fleet", "nodes"), re.MULTILINE)
+        assert typed(world, "fleet", "workers").count("running") == WORKERS
+        assert "node.joined" in typed(world, "fleet", "events")
 
         home = next(iter(world.place().values()))
         other = "b" if home == "a" else "a"

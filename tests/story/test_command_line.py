@@ -58,6 +58,13 @@ def test_endpoints_and_workergroups_are_made_changed_and_deleted(comfyfleet):
     assert json.loads(comfyfleet("endpoint", "list", "--raw").stdout) == []
 
 
+def test_without_a_fleet_there_are_no_machines_to_show(comfyfleet):
+    for what in ("nodes", "workers", "events"):
+        answer = json.loads(comfyfleet("fleet", what, "--raw").stdout)
+        assert answer[what] == []
+    assert comfyfleet("fleet", "events", "--limit", "0").returncode == 2
+
+
 def test_a_key_is_shown_once_works_within_its_scope_and_can_be_revoked(comfyfleet):
     made = comfyfleet("key", "create", "reader", "--scope", "read", "--expires-in-days", "1").stdout
     key_id, key = re.fullmatch(r"key (\d+): (cfk_\S+)\n", made).groups()

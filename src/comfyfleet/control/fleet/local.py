@@ -38,6 +38,7 @@ from comfyfleet.wire.errors import NotFound
 FOLDER_VARIABLE = "COMFYFLEET_WORKER_DIR"
 _LOG_ROTATE_BYTES = 20 * 1024 * 1024
 _POLL_S = 0.05
+_SHOWN_POLL_S, _SHOWN_LIMIT_S = 0.002, 2.0
 _REAP_S = 5.0
 _TURN_S = 5.0
 
@@ -233,8 +234,11 @@ class LocalFleet:
             self._children[record.id] = process
             pid = process.pid
         started = 0.0
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error), anyio.move_on_after(_SHOWN_LIMIT_S):
             started = psutil.Process(pid).create_time()
+            # The kernel lets the parent go on a moment before it shows the child's environment, which is the proof.
+            while not psutil.Process(pid).environ():  # noqa: ASYNC110 - nobody tells
+                await anyio.sleep(_SHOWN_POLL_S)
         self._write(
             msgspec.structs.replace(
                 record,
