@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 
 import anyio
 import pytest
@@ -185,6 +186,22 @@ async def test_the_first_secret_of_a_name_is_everybodys(store):
     assert await store.agree_on_secret("ticket", "first") == "first"
     assert await store.agree_on_secret("ticket", "second") == "first"
     assert await store.secret("ticket") == "first"
+
+
+@pytest.mark.slow
+async def test_two_replicas_that_tell_of_one_job_at_once_are_both_heard(postgres_url):
+    first, second = open_postgres(postgres_url), open_postgres(postgres_url)
+    before = len(await first.events("shared", 1))
+    try:
+        async with anyio.create_task_group() as telling:
+            for number in range(40):
+                told = partial(second.add_event if number % 2 else first.add_event, "shared", data="{}", now=NOW)
+                telling.start_soon(partial(told, kind="progress"))
+        seqs = [event.seq for event in await first.events("shared", 1)]
+        assert len(set(seqs)) == len(seqs) == before + 40
+    finally:
+        await first.close()
+        await second.close()
 
 
 def stops_between_two_statements(stopped: PostgresConnection) -> None:

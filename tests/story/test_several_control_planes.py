@@ -109,6 +109,7 @@ def faults_under_load(world: ReplicaWorld, count: int, dice: random.Random) -> N
         for fault in faults:
             time.sleep(dice.uniform(0.2, 1.0))
             fault(world, load, dice.choice(world.planes))
+            world.until(lambda: all(world.replicas_seen_by(plane) == 2 for plane in world.planes))
             world.until_owned_by(*world.planes)
         enough = len(load.accepted) + 20
         world.until(lambda: len(load.accepted) >= enough and load.routed > 0)

@@ -29,6 +29,10 @@ class Connection(Protocol):
     @property
     def share_lock(self) -> str: ...
 
+    def is_collision(self, error: Exception) -> bool:
+        """Whether another process' change came in between: the same again sees it, and may go through."""
+        ...
+
     def rows(self, statement: str, params: Params) -> list[Row]:
         """Run and fetch all."""
         ...

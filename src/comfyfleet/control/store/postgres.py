@@ -23,6 +23,11 @@ _TELL = f"SELECT pg_notify('{CHANNEL}', :payload)"
 _IDLE_IN_TRANSACTION_MS = 2500
 # One that is stopped while it sends a pipeline is not idle to the server; from PostgreSQL 17 on this ends it, too.
 _TRANSACTION_MS = 4000
+_COLLISIONS = (
+    psycopg.errors.UniqueViolation,
+    psycopg.errors.SerializationFailure,
+    psycopg.errors.DeadlockDetected,
+)
 _LOST = (
     psycopg.OperationalError,
     psycopg.errors.IdleInTransactionSessionTimeout,
@@ -47,6 +52,9 @@ class PostgresConnection:
         self._read_only = read_only
         self._raw: psycopg.Connection[Row] | None = None
         self._is_in_transaction = False
+
+    def is_collision(self, error: Exception) -> bool:
+        return isinstance(error, _COLLISIONS)
 
     def rows(self, statement: str, params: Params) -> list[Row]:
         try:

@@ -32,6 +32,8 @@ log = structlog.get_logger()
 Item = TypeVar("Item")
 T = TypeVar("T")
 MAX_GROUP = 256
+# So often a change is tried that met another process' change of the same rows.
+TRIES = 5
 
 Batch = Callable[[Connection, "Sequence[Item]"], "list[T]"]
 """Makes one kind of change for many callers at once: an outcome for every item, in their order."""
@@ -161,15 +163,18 @@ class Database:
             if is_last:
                 return
 
-    def _commit(self, connection: Connection, group: list[_Request[Any, Any]]) -> None:
+    def _commit(self, connection: Connection, group: list[_Request[Any, Any]], tries: int = TRIES) -> None:
         try:
             _run(connection, group)
         except Exception as error:  # the boundary of a group: whose fault it was is found by running each alone
             if len(group) == 1:
+                if tries > 1 and connection.is_collision(error):
+                    return self._commit(connection, group, tries - 1)
                 group[0].error = error
-                return
+                return None
             for request in group:
                 self._commit(connection, [request])
+        return None
 
 
 def _run(connection: Connection, group: list[_Request[Any, Any]]) -> None:
