@@ -218,3 +218,24 @@ def test_an_empty_picture_latent_becomes_a_film_of_one_frame_with_the_model_s_ch
 def test_a_latent_of_another_family_is_refused_with_both_shapes(latent_format, shape):
     with pytest.raises(ValueError, match=r"another model family: a test model takes \d+ channels"):
         fitted(a_model(latent_format=latent_format), torch.ones(shape))
+
+
+@pytest.mark.parametrize("sampler_name", ["sa_solver", "sa_solver_pece"])
+def test_a_cut_stochastic_adams_run_gives_its_last_corrected_state_as_comfyui_does(sampler_name):
+    model = a_model("epsilon")
+    noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+
+    # One step that does not reach 0: only a prediction follows the entry, and a prediction is not given back.
+    cut = sample(
+        model,
+        noise=noise,
+        latent=torch.zeros_like(noise),
+        positive=a_prompt(1.0),
+        negative=a_prompt(0.0),
+        cfg=1.0,
+        sampler_name=sampler_name,
+        sigmas=torch.tensor([5.0, 3.0]),
+        seed=1,
+    )
+
+    assert torch.allclose(cut, noise * 5.0)

@@ -63,7 +63,7 @@ def _sa_solver(run: SamplerRun, x: Tensor, *, evaluate_twice: bool) -> Tensor:
             h = times[i + 1] - times[i]
             added = run.noise(sigma, sigma_next) * sigma_next * (-2 * tau**2 * h).expm1().neg().sqrt()
             predicted = predicted + added
-    return predicted
+    return x  # of a run cut before 0 ComfyUI gives the last corrected state, one step short
 
 
 sa_solver = partial(_sa_solver, evaluate_twice=False)
