@@ -263,7 +263,11 @@ class _Run:
     def _call(self, class_type: str, inputs: dict[str, Any]) -> Result:
         node = self._owner.registry[class_type]
         self._written = []
-        with self._owner.residency.using(_computing(node.declaration, inputs), self.check_stop):
+        models = _computing(node.declaration, inputs)
+        if models:
+            with self._owner.residency.using(models, self.check_stop):
+                given = node.function(self, **inputs)
+        else:
             given = node.function(self, **inputs)
         self._note_models(node.declaration, inputs, given)
         if isinstance(given, Shown):
