@@ -47,10 +47,22 @@ def input_config(declared: Input, folders: Folders) -> list[Any]:
     return [kind, facts] if facts or declared.options is not None else [kind]
 
 
+# What a graph may hold as a value in place; all else comes by a link.
+_WRITTEN_KINDS = frozenset({"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "*"})
+
+
 def check_constant(name: str, declared: Input, value: Any, folders: Folders) -> tuple[Any, dict[str, Any] | None]:
     """(the value in its input's type, what is wrong with it or None)."""
     if isinstance(value, dict) and "__value__" in value:
         value = value["__value__"]
+    if declared.kind not in _WRITTEN_KINDS and (declared.required or value is not None):
+        # ComfyUI lets it through, and fails when half the graph has run.
+        return value, complaint(
+            "bad_linked_input",
+            "Bad linked input, must be a length-2 list of [node_id, slot_index]",
+            f"{name}, only a link brings {declared.kind}",
+            {"input_name": name, "input_config": input_config(declared, folders), "received_value": value},
+        )
     try:
         converted = _convert(declared.kind, value)
     except (TypeError, ValueError, OverflowError) as error:

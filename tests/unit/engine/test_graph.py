@@ -344,6 +344,16 @@ def test_a_number_is_finite(infinite: str, tmp_path: Path) -> None:
     assert refuse(prompt, tmp_path).node_errors["1"]["errors"][0]["type"] == "invalid_input_type"
 
 
+@pytest.mark.parametrize("written", ["x", 3, None, {"a": 1}])
+def test_what_only_a_link_can_bring_is_refused_as_a_value(written: object, tmp_path: Path) -> None:
+    prompt = {"2": save(written)}
+
+    problem = refuse(prompt, tmp_path).node_errors["2"]["errors"][0]
+
+    assert (problem["type"], problem["extra_info"]["input_name"]) == ("bad_linked_input", "images")
+    assert problem["details"] == "images, only a link brings IMAGE"
+
+
 def test_extra_inputs_and_negative_slots_pass_as_in_comfyui(tmp_path: Path) -> None:
     prompt = {"1": image(audioUI="x"), "2": save(["1", -1])}
 
