@@ -161,13 +161,6 @@ def test_a_failure_names_its_node_and_input_and_good_branches_keep_theirs(world:
     assert world.ran() == ["2"]
 
 
-def test_a_wrong_constant_where_a_link_belongs_is_the_nodes_failure(world: EngineWorld) -> None:
-    outcome = world.run({"1": node("Use", vae="text"), "2": node("Show", value=["1", 0])})
-
-    assert (outcome.failure.node_id, outcome.failure.exception_type) == ("1", "TypeError")
-    assert "vae needs a link to a node that gives a VAE" in outcome.failure.exception_message
-
-
 def test_out_of_memory_has_one_name_and_frees_what_can_be_freed(world: EngineWorld) -> None:
     world.run(SUM)
 
