@@ -130,7 +130,8 @@ SELECT endpoint_id, scope, kind, sum(seconds), sum(price) FROM usage
 
 # --- durable jobs ----------------------------------------------------------------------------------------------------
 
-JOB_COLUMNS = (
+# What a job is from the start, and what becomes of it.
+NEW_JOB_COLUMNS = (
     "id",
     "endpoint_id",
     "scope",
@@ -151,6 +152,9 @@ JOB_COLUMNS = (
     "webhook",
     "attempts",
     "lost_workers",
+)
+JOB_COLUMNS = (
+    *NEW_JOB_COLUMNS,
     "lease_token",
     "lease_expires",
     "worker_id",
@@ -178,28 +182,6 @@ HEAD_COLUMNS = (
 )
 
 # add_jobs: new jobs, which no worker has had; a row less than asked for means that an idempotency key is taken.
-NEW_JOB_COLUMNS = (
-    "id",
-    "endpoint_id",
-    "scope",
-    "status",
-    "priority",
-    "cost",
-    "rank",
-    "created_at",
-    "not_before",
-    "input",
-    "digest",
-    "deadline_at",
-    "idempotency_key",
-    "shape",
-    "models",
-    "sealed",
-    "metadata",
-    "webhook",
-    "attempts",
-    "lost_workers",
-)
 ADD_JOBS = f"""
 INSERT INTO job ({", ".join(NEW_JOB_COLUMNS)}, cancel_requested, webhook_state)
 VALUES {{({", ".join(f":{name}" for name in NEW_JOB_COLUMNS)}, 0, 'none')}}
