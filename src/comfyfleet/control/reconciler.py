@@ -43,6 +43,7 @@ log = structlog.get_logger()
 
 TICK_S = 1.0
 STEERED_A_PASS = 50
+WRITTEN_AT_ONCE = 64
 
 
 class Reconciler:
@@ -278,14 +279,19 @@ class Reconciler:
 
     async def _persist(self) -> None:
         changed, gone = self._workers.take_changes()
-        for worker in changed:
-            try:
-                await self._store.put(worker_row(worker), fence=self._ownership.fence(worker.endpoint_id))
-            except (Fenced, NotOwner):
-                self._workers.unsaved(worker.id)  # to be said again if it is ours again
+        for at in range(0, len(changed), WRITTEN_AT_ONCE):
+            async with anyio.create_task_group() as writes:  # the store commits together what comes together
+                for worker in changed[at : at + WRITTEN_AT_ONCE]:
+                    writes.start_soon(self._save, worker)
         for worker_id in gone:
             self._states.pop(worker_id, None)
             await self._store.drop(WorkerRow, worker_id)
+
+    async def _save(self, worker: Worker) -> None:
+        try:
+            await self._store.put(worker_row(worker), fence=self._ownership.fence(worker.endpoint_id))
+        except (Fenced, NotOwner):
+            self._workers.unsaved(worker.id)  # to be said again if it is ours again
 
 
 def scale_policy(endpoint: Endpoint) -> ScalePolicy:
