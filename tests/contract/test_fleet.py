@@ -166,8 +166,33 @@ async def test_workers_on_a_ray_cluster_keep_the_same_contract_and_their_process
             _, alive = psutil.wait_procs(family, timeout=20)
             assert len(family) >= 2
             assert alive == []
+            await fleet.destroy(9)
+
+            await asks_the_cluster_for_room(fleet, cluster)
         finally:
             await fleet.close(keep_running=False)
+
+
+async def asks_the_cluster_for_room(fleet, cluster) -> None:
+    """Ray's autoscaler is told of what runs and of what was refused, and no longer of what has ended."""
+
+    async def until_wanted(*possible: list[dict]) -> None:
+        wanted = None
+        with anyio.move_on_after(60):
+            while (wanted := await anyio.to_thread.run_sync(cluster.wanted)) not in possible:  # noqa: ASYNC110
+                await anyio.sleep(0.2)
+        assert wanted in possible
+
+    one_gpu = {"GPU": 1.0}
+    await fleet.create(spec(11))
+    await fleet.create(spec(12))
+    with pytest.raises(NoCapacity):
+        await fleet.create(spec(13))
+    await until_wanted([one_gpu, one_gpu, one_gpu])
+
+    await fleet.destroy(11, grace_s=1.0)
+    await fleet.destroy(12, grace_s=1.0)
+    await until_wanted([one_gpu], [])  # a refusal is forgotten after a while
 
 
 async def test_a_local_worker_that_ends_by_itself_is_seen_with_its_exit_code(tmp_path):

@@ -153,6 +153,13 @@ class RayCluster:
             SystemClock(),
         )
 
+    def wanted(self) -> list[dict[str, float]]:
+        """The bundles Ray's autoscaler was asked to have room for, where it reads them: the cluster's own store."""
+        from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+        from ray._raylet import GcsClient
+
+        return json.loads(GcsClient(self.address).internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL, None) or b"[]")
+
     # --- breaking ------------------------------------------------------------------------------------------------
     def kill_node(self, name: str) -> None:
         """kill -9 of a raylet; what it started is left to itself."""
