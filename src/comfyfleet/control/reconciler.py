@@ -34,6 +34,7 @@ from comfyfleet.control.scaling import (
     WorkerFacts,
 )
 from comfyfleet.control.store.base import Store
+from comfyfleet.control.store.connection import ConnectionLost
 from comfyfleet.control.store.ownership_table import Fenced
 from comfyfleet.control.worker import Worker
 from comfyfleet.control.worker_states import BOOTING, WorkerState
@@ -290,8 +291,8 @@ class Reconciler:
     async def _save(self, worker: Worker) -> None:
         try:
             await self._store.put(worker_row(worker), fence=self._ownership.fence(worker.endpoint_id))
-        except (Fenced, NotOwner):
-            self._workers.unsaved(worker.id)  # to be said again if it is ours again
+        except (Fenced, NotOwner, ConnectionLost):
+            self._workers.unsaved(worker.id)  # to be said again, if it is ours then and the database there
 
 
 def scale_policy(endpoint: Endpoint) -> ScalePolicy:
