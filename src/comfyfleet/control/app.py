@@ -43,6 +43,7 @@ from comfyfleet.control.keys import ADMIN_PREFIX, Keyring, Vault, secret_file
 from comfyfleet.control.logbook import Logbook
 from comfyfleet.control.management import Management
 from comfyfleet.control.metrics import Metrics
+from comfyfleet.control.ownership import SOLE_OWNER
 from comfyfleet.control.plane import RoutingPlane
 from comfyfleet.control.records import AccountVariable, ApiKey, Endpoint, Template, Workergroup
 from comfyfleet.control.sharing import Sharing, agree_on_secrets, is_shared, open_sharing
@@ -113,7 +114,7 @@ async def open_control(
         sharing = open_sharing(
             settings, store=store, catalog=catalog, keyring=keyring, account=account, clock=clock, ids=ids
         )
-    ownership = sharing.replicas if sharing is not None else None
+    ownership = sharing.replicas if sharing is not None else SOLE_OWNER
     routing = RoutingPlane(
         data_dir=folder,
         catalog=catalog,

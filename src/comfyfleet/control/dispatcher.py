@@ -24,7 +24,7 @@ from comfyfleet.control.job_run import JobRun, RunOutcome
 from comfyfleet.control.jobs import Job, JobHead, Lease
 from comfyfleet.control.keys import Vault
 from comfyfleet.control.leases import LEASE_S, LOST_AFTER_S, is_abandoned
-from comfyfleet.control.ownership import NotOwner, Ownership, SoleOwner
+from comfyfleet.control.ownership import NotOwner, Ownership
 from comfyfleet.control.placements import Placed, TakeRequest
 from comfyfleet.control.records import Endpoint
 from comfyfleet.control.route_queue import Phase, RouteTicket
@@ -78,12 +78,12 @@ class Dispatcher:
         clock: Clock,
         ids: Ids,
         ended: Callable[[RunOutcome], None],
+        ownership: Ownership,
         lost_after_s: float = LOST_AFTER_S,
-        ownership: Ownership | None = None,
     ) -> None:
         self.kick = Kick()
-        self._ownership = ownership or SoleOwner()
-        self._resync_every_s = RESYNC_EVERY_S if ownership is None else RESYNC_SHARED_S
+        self._ownership = ownership
+        self._resync_every_s = RESYNC_SHARED_S if ownership.is_shared else RESYNC_EVERY_S
         self._begun: set[int] = set()  # endpoints that are newly ours: what is leased there has lost its holder
         self._scopes: dict[str, tuple[int, anyio.CancelScope]] = {}
         self._store = store
@@ -107,7 +107,7 @@ class Dispatcher:
     async def run(self) -> None:
         """Until cancelled. Runs are tasks of this loop; their leases outlive us."""
         async with anyio.create_task_group() as runs:
-            if isinstance(self._ownership, SoleOwner):
+            if not self._ownership.is_shared:
                 await self._take_over(runs, await self._store.leased())
             next_sync = 0.0
             while True:

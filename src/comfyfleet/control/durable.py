@@ -27,7 +27,7 @@ from comfyfleet.control.keys import Vault
 from comfyfleet.control.leases import LEASE_S
 from comfyfleet.control.ledger import Ledger
 from comfyfleet.control.metrics import Metrics
-from comfyfleet.control.ownership import Ownership, SoleOwner
+from comfyfleet.control.ownership import Ownership
 from comfyfleet.control.plane import RoutingPlane
 from comfyfleet.control.shared_folder import own_file
 from comfyfleet.control.store.base import Store
@@ -62,13 +62,13 @@ class DurablePlane:
         trusted: GuardedFetcher,
         clock: Clock,
         ids: Ids,
-        ownership: Ownership | None = None,
+        ownership: Ownership,
     ) -> None:
         operator = WebhookSettings.from_environment(settings.inherited)
         self.feed = JobFeed()
         self.backlog = Backlog()
         self.limits = routing.limits
-        self.ownership = ownership or SoleOwner()
+        self.ownership = ownership
         self._store = store
         self._catalog = catalog
         self._metrics = metrics
@@ -111,7 +111,7 @@ class DurablePlane:
             ids=ids,
             ended=self._run_ended,
             lost_after_s=settings.lost_after_s,
-            ownership=ownership,
+            ownership=self.ownership,
         )
         self._janitor = Janitor(
             store=store,

@@ -71,6 +71,11 @@ class NotOwner(Exception):
 class Ownership(Protocol):
     """What the rest of the control plane asks before it acts."""
 
+    @property
+    def is_shared(self) -> bool:
+        """Others may own endpoints of the same database."""
+        ...
+
     def owns(self, endpoint_id: int) -> bool:
         """May this replica act for the endpoint at this instant?"""
         ...
@@ -83,6 +88,8 @@ class Ownership(Protocol):
 class SoleOwner:
     """The only control plane of its database: everything is its own, and nothing needs asking."""
 
+    is_shared = False
+
     def owns(self, endpoint_id: int) -> bool:
         del endpoint_id
         return True
@@ -90,6 +97,9 @@ class SoleOwner:
     def fence(self, endpoint_id: int) -> Fence | None:
         del endpoint_id
         return None
+
+
+SOLE_OWNER = SoleOwner()
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

@@ -27,7 +27,7 @@ from comfyfleet.control.learned_cost import LearnedCost
 from comfyfleet.control.lifecycle import Environment, Lifecycle
 from comfyfleet.control.limits import Allowance, Limits
 from comfyfleet.control.numbers import Numbers
-from comfyfleet.control.ownership import Ownership, SoleOwner
+from comfyfleet.control.ownership import SOLE_OWNER, Ownership
 from comfyfleet.control.reconciler import Reconciler
 from comfyfleet.control.records import DemandRow, LearnedRow, WorkerRow
 from comfyfleet.control.reports import Reports
@@ -60,10 +60,9 @@ class RoutingPlane:
         clock: Clock,
         ids: Ids,
         boot_budget_s: float = 3600.0,
-        ownership: Ownership | None = None,
+        ownership: Ownership = SOLE_OWNER,
     ) -> None:
-        self._is_shared = ownership is not None
-        ownership = ownership or SoleOwner()
+        self._ownership = ownership
         self.tickets = Tickets.open(data_dir)
         self.workers = Workers()
         self.learned = LearnedCost()
@@ -138,7 +137,7 @@ class RoutingPlane:
 
     async def load(self) -> None:
         """Before the first request: workers of an earlier run, and numbers to hand out."""
-        if not self._is_shared:
+        if not self._ownership.is_shared:
             now = self._clock.now()
             for row in await self._store.all(WorkerRow):
                 worker = msgspec.json.decode(row.body, type=Worker)

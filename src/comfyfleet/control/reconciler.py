@@ -21,7 +21,7 @@ from comfyfleet.control.checkup import ailment
 from comfyfleet.control.desk import Desk
 from comfyfleet.control.fleet.base import FleetProvider, FleetWorker, NoCapacity, Presence
 from comfyfleet.control.lifecycle import Lifecycle, worker_row
-from comfyfleet.control.ownership import NotOwner, Ownership, SoleOwner
+from comfyfleet.control.ownership import NotOwner, Ownership
 from comfyfleet.control.records import DecisionRow, Endpoint, LogRow, WorkerRow
 from comfyfleet.control.scaling import (
     Action,
@@ -126,7 +126,7 @@ class Reconciler:
         if self._provider is None:
             return {}
         present = {worker.id: worker for worker in await self._provider.list()}
-        if isinstance(self._ownership, SoleOwner):
+        if not self._ownership.is_shared:
             return present
         for worker_id in [worker_id for worker_id in present if self._workers.get(worker_id) is None]:
             if await self._store.get(WorkerRow, worker_id) is not None:

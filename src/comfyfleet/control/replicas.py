@@ -53,6 +53,8 @@ class Territory(Protocol):
 class Replicas:
     """Implements `ownership.Ownership`. `enrol` before serving, `run` is the loop, `leave` at the end."""
 
+    is_shared = True
+
     def __init__(
         self,
         *,
