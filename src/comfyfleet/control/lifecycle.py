@@ -231,8 +231,7 @@ class Lifecycle:
             log.warning("worker.step_failed", worker=worker_id, step=step.__name__, why=str(error))
             worker = self._workers.get(worker_id)
             if worker is not None and worker.state in ACTIVE:
-                self._workers.change(worker_id, self._clock.now(), error_msg=str(error))
-                self._workers.move(worker_id, WorkerState.ERROR, self._clock.now())
+                self._workers.fail(worker_id, str(error), self._clock.now())
         finally:
             self._under_way.discard(worker_id)
 
@@ -264,9 +263,7 @@ class Lifecycle:
             self._workers.move(worker_id, WorkerState.STOPPING, now)
             self._workers.move(worker_id, WorkerState.STOPPED, now)
         elif worker.state in ACTIVE:
-            self._workers.change(worker_id, now, error_msg=why)
-            self._workers.move(worker_id, WorkerState.ERROR, now)
-            self._workers.change(worker_id, now, failures=worker.failures)
+            self._workers.fail(worker_id, why, now, is_own_fault=False)
 
     async def _stop(self, worker_id: int) -> None:
         if self._provider is not None:

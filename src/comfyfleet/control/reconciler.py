@@ -159,11 +159,8 @@ class Reconciler:
         if problem:
             before = worker.state
             lost = self._workers.load(worker.id).clear()
-            self._workers.change(worker.id, now, error_msg=problem)
-            failures = worker.failures
-            worker = self._workers.move(worker.id, WorkerState.ERROR, now)
-            if present is not None and present.presence is Presence.LOST:  # not its fault: started again at once
-                worker = self._workers.change(worker.id, now, failures=failures)
+            has_lost_machine = present is not None and present.presence is Presence.LOST
+            worker = self._workers.fail(worker.id, problem, now, is_own_fault=not has_lost_machine)
             self._desk.lost(worker.id, lost)
             log.warning("worker.failed", worker=worker.id, why=problem)
         if worker.perf:

@@ -115,6 +115,15 @@ class Workers:
         self.put(moved, now)
         return moved
 
+    def fail(self, worker_id: int, why: str, now: float, *, is_own_fault: bool = True) -> Worker:
+        """Into ERROR, saying why. What is not its own fault is no start that failed."""
+        before = self._workers[worker_id]
+        failed = to_state(msgspec.structs.replace(before, error_msg=why), WorkerState.ERROR, now)
+        if not is_own_fault:
+            failed = msgspec.structs.replace(failed, failures=before.failures)
+        self.put(failed, now)
+        return failed
+
     def change(self, worker_id: int, now: float, **fields: object) -> Worker:
         """Other fields than the state."""
         changed = msgspec.structs.replace(self._workers[worker_id], **fields)
