@@ -260,11 +260,12 @@ def build(control: Control) -> ASGIApp:
         base_url=control.settings.public_url,
     )
     api.include_router(jobs.router())
+    routes = control.routing.routes()
     app = Starlette(
-        routes=[*control.routing.routes(), *jobs.hot_routes(), Mount("/files", app=control.files), Mount("/", app=api)],
+        routes=[*routes, *jobs.hot_routes(), Mount("/files", app=control.files), Mount("/", app=api)],
         exception_handlers=ERROR_HANDLERS,
     )
-    return HotPaths(app, {**posts(control.routing.routes()), ("POST", "/v1/jobs"): jobs.submit})
+    return HotPaths(app, {**posts(routes), ("POST", "/v1/jobs"): jobs.submit})
 
 
 async def run_loops(control: Control) -> None:

@@ -104,8 +104,7 @@ class Forwarding:
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        is_second_hop = any(name == _HOP for name, _ in scope["headers"])
-        if (scope["method"], scope["path"]) == EVERYWHERE and not is_second_hop:
+        if (scope["method"], scope["path"]) == EVERYWHERE and not _is_second_hop(scope):
             return await self._answer_everywhere(scope, send)
         rule = self._whose.rule(scope["method"], scope["path"])
         if rule is None:
@@ -180,12 +179,9 @@ class Forwarding:
         rows = _worker_rows(b"".join(message.get("body", b"") for message in own[1:]))
 
         async def ask(owner: Replica) -> None:
-            request = _Request(
-                scope=scope, body=b"", endpoint_id=0, is_repeatable=True, is_local_without_owner=True, wait_s=0.0
-            )
             try:
                 async with self._session.get(
-                    _url(owner, scope), headers=self._headers(request), timeout=_LISTING_TIMEOUT
+                    _url(owner, scope), headers=self._headers(scope), timeout=_LISTING_TIMEOUT
                 ) as answer:
                     rows.extend(_worker_rows(await answer.read()) if answer.status == 200 else [])
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -199,12 +195,11 @@ class Forwarding:
 
     async def _answer_elsewhere(self, request: _Request, send: Send) -> None:
         scope = request.scope
-        is_second_hop = any(name == _HOP for name, _ in scope["headers"])
         until = self._clock.monotonic() + request.wait_s
         while True:
             if self._replicas.owns(request.endpoint_id):
                 return await self._answer_here(scope, request.body, send)
-            if is_second_hop:
+            if _is_second_hop(scope):
                 self._replicas.kick()
                 return await control_error(Misdirected("another replica owns it"))(scope, _replayed(b""), send)
             owner = self._replicas.owner_of(request.endpoint_id)
@@ -235,7 +230,7 @@ class Forwarding:
                     request.scope["method"],
                     _url(owner, request.scope),
                     data=request.body or None,
-                    headers=self._headers(request),
+                    headers=self._headers(request.scope),
                     allow_redirects=False,
                 ) as answer:
                     if answer.status == Misdirected.status:
@@ -258,15 +253,20 @@ class Forwarding:
                 forget()
         return passed
 
-    def _headers(self, request: _Request) -> list[tuple[str, str]]:
+    def _headers(self, scope: MutableMapping[str, Any]) -> list[tuple[str, str]]:
         """The caller's, its own host included, so that links in the answer are the caller's."""
         headers = [
             (name.decode("latin-1"), value.decode("latin-1"))
-            for name, value in request.scope["headers"]
+            for name, value in scope["headers"]
             if name not in _OWN_HEADERS
         ]
         headers.append((HOP, self._replicas.id))
         return headers
+
+
+def _is_second_hop(scope: MutableMapping[str, Any]) -> bool:
+    """Another replica sent it here: it goes no further."""
+    return any(name == _HOP for name, _ in scope["headers"])
 
 
 def _worker_rows(body: bytes) -> list[dict[str, Any]]:

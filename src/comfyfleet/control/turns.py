@@ -77,14 +77,14 @@ class Turns:
 
     def hold(self, ticket: RouteTicket, now: float) -> Hold | None:
         """Why this request is passed over by its key's limits, and for how long; None if it is not."""
-        return None if ticket.held else self._allowance.hold(ticket.scope, now)
+        return self._lane_hold(ticket.lane, now)
 
     def waiting(self, endpoint_id: int, now: float) -> tuple[int, float]:
         """(requests, load units) that capacity would help: of a key that is held back only what it may send soon."""
         count, cost = 0, 0.0
         for lane in self._queue.lanes(endpoint_id):
             of_lane, cost_of_lane = self._queue.waiting_in(endpoint_id, lane)
-            if not lane.held and self._allowance.hold(lane.scope, now) is not None:
+            if self._lane_hold(lane, now) is not None:
                 may_come = min(of_lane, self._allowance.soon(lane.scope, HELD_DEMAND_S, now))
                 cost_of_lane *= may_come / of_lane
                 of_lane = may_come
@@ -110,7 +110,7 @@ class Turns:
         if not self._queue.waiting_count(endpoint_id) or not self._owns(endpoint_id):
             return
         share = self.share(endpoint_id)
-        lanes = [lane for lane in self._queue.lanes(endpoint_id) if not self._is_held_back(lane, now)]
+        lanes = [lane for lane in self._queue.lanes(endpoint_id) if self._lane_hold(lane, now) is None]
         set_aside: list[RouteTicket] = []
         while lanes:
             lane = self._next(share, lanes)
@@ -125,7 +125,7 @@ class Turns:
                     break
                 continue
             self._grant(self._overtaken(ticket, lane, lanes, chosen, now), chosen, share, now)
-            if self._is_held_back(lane, now):
+            if self._lane_hold(lane, now) is not None:
                 lanes.remove(lane)
         for ticket in set_aside:
             self._queue.put_back(ticket)
@@ -136,8 +136,9 @@ class Turns:
         scope = share.next({lane.scope for lane in lanes})
         return next(lane for lane in lanes if lane.scope == scope)
 
-    def _is_held_back(self, lane: Lane, now: float) -> bool:
-        return not lane.held and self._allowance.hold(lane.scope, now) is not None
+    def _lane_hold(self, lane: Lane, now: float) -> Hold | None:
+        """A durable job was held up by its key's limits before it was accepted, and is not again."""
+        return None if lane.held else self._allowance.hold(lane.scope, now)
 
     def _overtaken(self, ticket: RouteTicket, lane: Lane, lanes: list[Lane], worker_id: int, now: float) -> RouteTicket:
         """The ticket, or one behind it that this worker is warm for: it goes first, and the ticket stays in front."""

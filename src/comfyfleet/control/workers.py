@@ -154,10 +154,7 @@ class Workers:
 
     def authenticate(self, worker_id: int, mtoken: str) -> Worker:
         """The worker, if this is its token. Raises Unauthorized: nothing has changed then."""
-        worker = self._workers.get(worker_id)
-        if worker is None or not hmac.compare_digest(worker.mtoken.encode(), mtoken.encode()):
-            raise Unauthorized("this worker id and token are not known", worker_id=worker_id)
-        return worker
+        return check_token(self._workers.get(worker_id), worker_id, mtoken)
 
     def fenced(self, worker_id: int, mtoken: str, incarnation: str) -> Worker:
         """The worker, if this is its token and its present life. Raises Unauthorized or Fenced: nothing has changed.
@@ -240,6 +237,13 @@ def lasting(worker: Worker) -> tuple[object, ...]:
         worker.failures,
         worker.flag,
     )
+
+
+def check_token(worker: Worker | None, worker_id: int, mtoken: str) -> Worker:
+    """The worker, if there is one and this is its token. Raises Unauthorized."""
+    if worker is None or not hmac.compare_digest(worker.mtoken.encode(), mtoken.encode()):
+        raise Unauthorized("this worker id and token are not known", worker_id=worker_id)
+    return worker
 
 
 def revived(worker: Worker, now: float, *, trusted_s: float = 0.0) -> Worker:

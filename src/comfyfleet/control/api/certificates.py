@@ -6,8 +6,6 @@ any address. The stock start script of the public worker sends no token, and is 
 
 from __future__ import annotations
 
-import hmac
-
 import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -20,7 +18,7 @@ from comfyfleet.control.keys import Keyring
 from comfyfleet.control.records import WorkerRow
 from comfyfleet.control.store.base import Store
 from comfyfleet.control.worker import Worker
-from comfyfleet.control.workers import Workers
+from comfyfleet.control.workers import Workers, check_token
 from comfyfleet.web import bearer_key
 from comfyfleet.wire.errors import InvalidArguments, Unauthorized
 
@@ -40,11 +38,10 @@ def router(authority: CertificateAuthority, keyring: Keyring, workers: Workers, 
         return PlainTextResponse(signed, media_type="application/x-pem-file")
 
     async def authenticate(worker_id: int, key: str) -> None:
-        if workers.get(worker_id) is None and (row := await store.get(WorkerRow, worker_id)) is not None:
-            if not hmac.compare_digest(msgspec.json.decode(row.body, type=Worker).mtoken.encode(), key.encode()):
-                raise Unauthorized("this worker id and token are not known", worker_id=worker_id)
-            return
-        workers.authenticate(worker_id, key)
+        worker = workers.get(worker_id)
+        if worker is None and (row := await store.get(WorkerRow, worker_id)) is not None:
+            worker = msgspec.json.decode(row.body, type=Worker)
+        check_token(worker, worker_id, key)
 
     async def allowed_address(request: Request) -> str:
         """The address this caller may have certified. Raises Unauthorized or InvalidArguments."""

@@ -51,7 +51,6 @@ class Cluster:
         self._clock = clock
         self._keepers: dict[str, _Keeper] = {}
         self._placing: dict[int, Placing] = {}
-        self._gpus_coming: dict[int, float] = {}
         self._adopted_at: dict[int, float] = {}
         self._gone: set[str] = set()
         self._looking = threading.Lock()
@@ -159,7 +158,7 @@ class Cluster:
     # --- placing -------------------------------------------------------------------------------------------------
     def create(self, spec: WorkerSpec) -> None:
         """Begin to place a new worker; what becomes of it is seen by `look`. Raises NoCapacity."""
-        if self._holders(spec.id) or (spec.id in self._placing and not self._placing[spec.id].error):
+        if self._holders(spec.id) or self._is_on_its_way(spec.id):
             return
         self._place(spec)
 
@@ -171,7 +170,7 @@ class Cluster:
             and keeper.workers[spec.id].reservation.incarnation == spec.incarnation
             for _, keeper in holders
         )
-        if is_running or (spec.id in self._placing and not self._placing[spec.id].error):
+        if is_running or self._is_on_its_way(spec.id):
             return
         self._place(spec, home=holders[0][0] if holders else "")
 
@@ -185,9 +184,12 @@ class Cluster:
             options["label_selector"] = {"ray.io/node-id": f"in({','.join(node.id for node in fits)})"}
         if spec.gpu_ram_gb and all(node.has_ram for node in fits):
             options["resources"] = {RAM_RESOURCE: spec.gpu_ram_gb * spec.num_gpus}
-        self._placing[spec.id] = Placing(id=spec.id, since=self._clock.now())
-        self._gpus_coming[spec.id] = spec.num_gpus
+        self._placing[spec.id] = Placing(id=spec.id, since=self._clock.now(), gpus=spec.num_gpus)
         threading.Thread(target=self._launch, args=(spec, options), name=f"place {spec.id}", daemon=True).start()
+
+    def _is_on_its_way(self, worker_id: int) -> bool:
+        placing = self._placing.get(worker_id)
+        return placing is not None and not placing.error
 
     def _until_room(self, spec: WorkerSpec) -> tuple[list[NodeView], list[NodeView]]:
         """(machines that fit, those of them with room). Ray's books lag behind a stop, so this waits a moment."""
@@ -207,7 +209,7 @@ class Cluster:
                 and f"worker-{one.worker.seen.id}" in names
                 and one.worker.seen.id not in self._placing
             )
-            coming = sum(gpus for number, gpus in self._gpus_coming.items() if number in self._placing)
+            coming = sum(placing.gpus for placing in list(self._placing.values()))
             if room and sum(node.facts.gpus for node in fits) - held - coming >= spec.num_gpus:
                 return fits, room
             if self._clock.monotonic() > until:
@@ -235,7 +237,6 @@ class Cluster:
             error = f"it could not be started there: {type(problem).__name__}: {problem}".splitlines()[0]
         if error and actor is not None:
             ray.kill(actor)
-        self._gpus_coming.pop(spec.id, None)
         if error:
             self._placing[spec.id] = Placing(id=spec.id, since=self._clock.now(), error=error)
         else:
@@ -266,7 +267,7 @@ class Cluster:
 
     def _until_placed(self, worker_id: int) -> None:
         until = self._clock.monotonic() + PLACE_LIMIT_S + 5.0
-        while (placing := self._placing.get(worker_id)) and not placing.error and self._clock.monotonic() < until:
+        while self._is_on_its_way(worker_id) and self._clock.monotonic() < until:
             threading.Event().wait(_POLL_S)
         self._placing.pop(worker_id, None)
 

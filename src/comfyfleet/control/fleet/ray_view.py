@@ -34,10 +34,11 @@ class Placed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Placing(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker that is on its way to a machine, or did not get there (`error`)."""
+    """A worker that is on its way to a machine, where it will hold `gpus`, or did not get there (`error`)."""
 
     id: int
     since: float
+    gpus: float = 0.0
     error: str = ""
 
 
