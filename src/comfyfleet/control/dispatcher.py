@@ -231,14 +231,17 @@ class Dispatcher:
             self._desk.release(standing.ticket.request_idx)
 
     async def _start(self, head: JobHead, placed: Placed, runs: anyio.abc.TaskGroup) -> None:
+        self._feed.cancel_event(head.id)
         try:
             job = await self._leased(head, placed)
         except (Fenced, NotOwner):
             self._desk.release(placed.answer.request_idx)
+            self._feed.done(head.id)
             raise
         self._backlog.remove(head.endpoint_id, head.scope, head.cost)
         if job is None:  # cancelled in between
             self._desk.release(placed.answer.request_idx)
+            self._feed.done(head.id)
             return
         self._feed.news(job.id)
         self._held.add(job.id)
@@ -273,14 +276,18 @@ class Dispatcher:
 
     async def _take_over(self, runs: anyio.abc.TaskGroup, jobs: Iterable[Job]) -> None:
         """Become the holder of leases whose control plane is gone; the workers go on meanwhile."""
-        for job in jobs:
-            if job.id in self._held or not self._ownership.owns(job.endpoint_id):
+        for listed in jobs:
+            if listed.id in self._held or not self._ownership.owns(listed.endpoint_id):
                 continue
+            # A cancel since the list was read is in what is read now; a later one is heard.
+            self._feed.cancel_event(listed.id)
+            job = await self._store.job(listed.id) or listed
             token, expires_at = self._ids.token(), self._clock.now() + LEASE_S
             old_token, fence = job.lease_token or "", self._ownership.fence(job.endpoint_id)
             if not await self._store.take_over(
                 job.id, old_token=old_token, token=token, expires_at=expires_at, fence=fence
             ):
+                self._feed.done(job.id)
                 continue
             mine = msgspec.structs.replace(job, lease_token=token, lease_expires=expires_at)
             log.info("lease.taken_over", job=job.id, worker=job.worker_id)
@@ -316,6 +323,7 @@ class Dispatcher:
         finally:
             self._held.discard(job.id)
             self._scopes.pop(job.id, None)
+            self._feed.done(job.id)
             if job.request_idx is not None:
                 self._desk.release(job.request_idx)
         if outcome.status is None:

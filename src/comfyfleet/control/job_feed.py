@@ -5,6 +5,8 @@ Carries no news itself, only "look again": the store is the truth, so a follower
 
 from __future__ import annotations
 
+from weakref import WeakValueDictionary
+
 import anyio
 
 
@@ -12,7 +14,8 @@ class JobFeed:
     """One event per job that somebody waits for; and which running jobs are to be cancelled."""
 
     def __init__(self) -> None:
-        self._news: dict[str, anyio.Event] = {}
+        # As long as somebody holds the event: a follower that leaves has nothing to tidy up.
+        self._news: WeakValueDictionary[str, anyio.Event] = WeakValueDictionary()
         self._cancels: dict[str, anyio.Event] = {}
         self.is_closed = False
 
@@ -23,7 +26,7 @@ class JobFeed:
 
     def all_news(self) -> None:
         """Something about any job may have changed."""
-        for job_id in list(self._news):
+        for job_id in list(self._news.keys()):
             self.news(job_id)
 
     def news(self, job_id: str) -> None:
@@ -43,7 +46,7 @@ class JobFeed:
             event.set()
 
     def cancel_event(self, job_id: str) -> anyio.Event:
-        """For the one run of a job; `done` ends it."""
+        """For the one run of a job; taken before the lease, so that no cancel falls in between. `done` ends it."""
         return self._cancels.setdefault(job_id, anyio.Event())
 
     def done(self, job_id: str) -> None:

@@ -103,7 +103,6 @@ class JobRun:
             group.start_soon(self._hear_cancel, name="cancel")
             outcome = await self._work(ticket)
             group.cancel_scope.cancel()
-        self._feed.done(self._job.id)
         return outcome or RunOutcome(job=self._job, status=None, reason="the lease was lost")
 
     async def _work(self, ticket: RouteReady | None) -> RunOutcome:

@@ -6,10 +6,8 @@ control plane was restarted, for as long as the job is kept.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
-import anyio
 import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -18,21 +16,19 @@ from starlette.routing import BaseRoute, Route
 
 from comfyfleet.control.admission import JobRequest
 from comfyfleet.control.api.calling import Caller, add
+from comfyfleet.control.api.job_events import JobEvents
 from comfyfleet.control.auth import JOBS, Principal
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.desk import Desk
 from comfyfleet.control.durable import DurablePlane
 from comfyfleet.control.fresh_links import FreshLinks
-from comfyfleet.control.jobs import Job, JobEvent, JobFilter
+from comfyfleet.control.jobs import Job, JobFilter
 from comfyfleet.control.metrics import Metrics
 from comfyfleet.control.store.base import Added, Store
-from comfyfleet.web import JsonResponse, control_error, sse_frame
+from comfyfleet.web import JsonResponse, control_error
 from comfyfleet.wire.errors import FleetError, InvalidArguments, NotFound
-from comfyfleet.wire.jobs import JOB_FINAL, JobStatus
+from comfyfleet.wire.jobs import JobStatus
 
-_PING_S = 15.0
-_LOOK_EVERY_S = 3.0
-_FINAL_KINDS = frozenset(str(status) for status in JOB_FINAL)
 _MAX_LISTED = 500
 
 
@@ -57,6 +53,7 @@ class JobApi:
         links: FreshLinks,
         base_url: str,
     ) -> None:
+        self._events = JobEvents(store=store, feed=plane.feed, ownership=plane.ownership, links=links)
         self._links = links
         self._plane = plane
         self._store = store
@@ -148,47 +145,10 @@ class JobApi:
         if not last.isascii() or not last.isdigit():
             raise InvalidArguments("Last-Event-ID is a number from an earlier event", field="Last-Event-ID")
         return StreamingResponse(
-            self._frames(job, int(last)),
+            self._events.frames(job, int(last)),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
-
-    async def _frames(self, job: Job, after: int) -> AsyncIterator[bytes]:
-        quiet_s = 0.0
-        while True:
-            news = self._plane.feed.watch(job.id)
-            events = await self._store.events(job.id, after)
-            for event in events:
-                after = event.seq
-                yield await self._frame(event)
-                if event.kind in _FINAL_KINDS:
-                    return
-            if not events:
-                current = await self._store.job(job.id)
-                if current is None or current.is_final or self._plane.feed.is_closed:
-                    return
-                # News of a job that another control plane runs comes through the database, and may be lost: look again.
-                wait_s = _PING_S if self._plane.ownership.owns(job.endpoint_id) else _LOOK_EVERY_S
-                with anyio.move_on_after(wait_s):
-                    await news.wait()
-                    continue
-                quiet_s += wait_s
-                if quiet_s >= _PING_S:
-                    quiet_s = 0.0
-                    yield b": still here\n\n"
-
-    async def _frame(self, event: JobEvent) -> bytes:
-        body: dict[str, Any] = {"id": event.job_id, "event": event.kind, "at": event.at}
-        data = msgspec.json.decode(event.data)
-        if event.kind in _FINAL_KINDS:
-            job = await self._store.job(event.job_id)
-            if job is not None and job.result is not None:
-                body["result"] = self._links.result(job)
-            if data:
-                body["error"] = data
-        else:
-            body |= {"data": data}
-        return sse_frame(msgspec.json.encode(body), event=event.kind, event_id=str(event.seq))
 
     # --- rendering ---------------------------------------------------------------------------------------------------
 
