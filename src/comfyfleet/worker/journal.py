@@ -15,7 +15,7 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -124,9 +124,9 @@ class Journal:
             self._sync_is_due = True
             loop.call_later(_SYNC_WITHIN_S, self._writes.put, _SYNC)
 
-    def rows(self, statement: str, values: Iterable[Any] = ()) -> list[sqlite3.Row]:
+    def rows(self, statement: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
         """Committed rows; for look-ups by an index."""
-        return self._reader.execute(statement, tuple(values)).fetchall()
+        return self._reader.execute(statement, values).fetchall()
 
     async def accept(self, job: Job) -> None:
         """Write a new job down; after this, a restart runs it. A caller who waits is told only at the end."""
@@ -183,17 +183,13 @@ class Journal:
     def find_by_id(self, job_id: str, scope: str) -> Job | None:
         return _ended(self.rows(sql.BY_ID, (job_id, scope)))
 
-    def folder_taken(self, folder: str, scope: str) -> bool:
-        """Does a job of another scope have this folder?"""
-        return bool(self.rows(sql.FOLDER_TAKEN, (folder, scope)))
-
     def kept_folders(self) -> set[str]:
         """Output folders of jobs that run or whose result can still be read."""
         return {row["folder"] for row in self.rows(sql.KEPT_FOLDERS)}
 
-    def knows_folder(self, folder: str) -> bool:
-        """Does any job have this folder?"""
-        return bool(self.rows(sql.KNOWS_FOLDER, (folder,)))
+    def knows_folder(self, folder: str, *, but_scope: str | None = None) -> bool:
+        """Does any job (of a scope other than `but_scope`) have this folder?"""
+        return bool(self.rows(sql.KNOWS_FOLDER, {"folder": folder, "but_scope": but_scope}))
 
     async def forget_before(self, moment: float, links_until: Callable[[ForgottenJob], float]) -> None:
         """Drop jobs that ended before `moment` (epoch s) and remember until when links lead to their folders."""

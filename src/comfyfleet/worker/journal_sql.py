@@ -28,6 +28,8 @@ CREATE TABLE IF NOT EXISTS job (
     UNIQUE (scope, key)
 );
 CREATE INDEX IF NOT EXISTS job_by_id ON job (id);
+-- Nearly every folder is named like its job and found by that; only the others are listed here.
+CREATE INDEX IF NOT EXISTS job_by_other_folder ON job (folder) WHERE folder <> id;
 CREATE INDEX IF NOT EXISTS job_by_end ON job (finished_at) WHERE finished_at IS NOT NULL;
 CREATE TABLE IF NOT EXISTS outlived (folder TEXT PRIMARY KEY, until REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS learned (name TEXT PRIMARY KEY, data BLOB NOT NULL);
@@ -58,9 +60,13 @@ UPDATE job SET status = :status, http_status = :http_status, retry_after_s = :re
 OPEN_JOBS = "SELECT * FROM job WHERE status = 'accepted' ORDER BY uid"
 BY_KEY = "SELECT * FROM job WHERE scope = ? AND key = ?"
 BY_ID = "SELECT * FROM job WHERE id = ? AND scope = ? ORDER BY uid DESC LIMIT 1"
-FOLDER_TAKEN = "SELECT 1 FROM job WHERE folder = ? AND scope <> ? LIMIT 1"
+KNOWS_FOLDER = """
+SELECT 1 FROM job WHERE id = :folder AND folder = id AND scope IS NOT :but_scope
+UNION ALL
+SELECT 1 FROM job WHERE folder = :folder AND folder <> id AND scope IS NOT :but_scope
+ LIMIT 1
+"""
 KEPT_FOLDERS = "SELECT folder FROM job"
-KNOWS_FOLDER = "SELECT 1 FROM job WHERE folder = ? LIMIT 1"
 # Results whose time is over, some at a time; their folders stay on the list until no link leads to them.
 EXPIRED = "SELECT uid, folder, finished_at, result FROM job WHERE finished_at < ? ORDER BY finished_at LIMIT 200"
 FORGET = "DELETE FROM job WHERE uid = ?"

@@ -144,7 +144,7 @@ class JobService:
             id=job_id,
             scope=scope,
             key=key or job_id,
-            folder=self._folder(job_id, scope),
+            folder=self._folder(request.request_id, scope) or job_id,
             request=request,
             fingerprint=fingerprint,
             accepted_at=self._clock.now(),
@@ -276,17 +276,17 @@ class JobService:
             raise self.refusal
         if self._pool.is_hopeless:
             raise EngineUnavailable(f"no engine can work: {self._pool.slots[0].reason}", retry_after_s=60)
-        if len(self._line.jobs) >= self._settings.max_queue_size:
+        if len(self._line) >= self._settings.max_queue_size:
             view = self.queue_view()
             raise QueueFull(
                 f"{view.waiting} jobs wait already", retry_after_s=view.next_place_s, queue_size=view.waiting
             )
 
-    def _folder(self, job_id: str, scope: str) -> str:
-        """The output folder's name: the id, unless another scope uses the same one."""
-        if scope and self._journal.folder_taken(job_id, scope):
-            return f"{job_id}-{hashlib.sha256(scope.encode()).hexdigest()[:8]}"
-        return job_id
+    def _folder(self, request_id: str, scope: str) -> str:
+        """The output folder's name where the caller chose the id: that one, unless another scope uses the same."""
+        if request_id and scope and self._journal.knows_folder(request_id, but_scope=scope):
+            return f"{request_id}-{hashlib.sha256(scope.encode()).hexdigest()[:8]}"
+        return request_id
 
     def _enter(self, job: Job, graph: Graph) -> None:
         self._book.enter(job, graph)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import threading
 from pathlib import Path
@@ -12,12 +13,18 @@ import anyio.to_thread
 import pytest
 
 from comfyfleet.sealing import Sealer
+from comfyfleet.wire.generation import GenerateInput
+from comfyfleet.worker import journal_sql
+from comfyfleet.worker.job import Job
 from comfyfleet.worker.journal import Journal
 
 pytestmark = pytest.mark.anyio
 
 INSERT = "INSERT INTO learned (name, data) VALUES (?, ?)"
 FOUND = "SELECT name FROM learned ORDER BY name"
+# They look at every row, and no request waits for them: at a start, on a full disk, each ten minutes.
+SCANNING = {"OPEN_JOBS", "KEPT_FOLDERS", "OUTLIVED"}
+STATEMENTS = {name for name in vars(journal_sql) if name.isupper()} - {"SCHEMA"}
 
 
 @pytest.fixture
@@ -88,3 +95,52 @@ async def test_closing_syncs_what_is_only_committed(tmp_path: Path, monkeypatch)
     await journal.close()
 
     assert synced
+
+
+@pytest.mark.parametrize("name", sorted(STATEMENTS - SCANNING))
+async def test_no_statement_of_a_request_grows_with_the_jobs_that_are_kept(tmp_path: Path, name: str):
+    statement = getattr(journal_sql, name)
+    db = sqlite3.connect(tmp_path / "journal.sqlite3")
+    db.executescript(journal_sql.SCHEMA)
+    values = dict.fromkeys(re.findall(r":(\w+)", statement)) or [None] * statement.count("?")
+
+    plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {statement}", values)]
+
+    assert not [step for step in plan if re.match(r"SCAN (job|outlived|learned)", step)], plan
+    db.close()
+
+
+def test_the_statements_that_scan_are_the_ones_that_are_known_to(tmp_path: Path):
+    db = sqlite3.connect(tmp_path / "journal.sqlite3")
+    db.executescript(journal_sql.SCHEMA)
+
+    for name in SCANNING:
+        statement = getattr(journal_sql, name)
+        plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {statement}", [None] * statement.count("?"))]
+        assert any(step.startswith("SCAN") for step in plan), name
+    db.close()
+
+
+async def test_a_folder_of_another_scope_is_known_by_whatever_name_it_has(journal: Journal):
+    await journal.accept(a_job("mine", scope="one", folder="mine"))
+    await journal.accept(a_job("mine", scope="two", folder="mine-2"))
+
+    assert journal.knows_folder("mine")
+    assert journal.knows_folder("mine", but_scope="two")
+    assert not journal.knows_folder("mine", but_scope="one")
+    assert journal.knows_folder("mine-2")
+    assert not journal.knows_folder("mine-2", but_scope="two")
+    assert not journal.knows_folder("yours")
+
+
+def a_job(job_id: str, *, scope: str, folder: str) -> Job:
+    return Job(
+        id=job_id,
+        scope=scope,
+        key=job_id,
+        folder=folder,
+        request=GenerateInput(),
+        fingerprint="",
+        accepted_at=1.0,
+        prompt_id=f"{scope}-{job_id}",
+    )
