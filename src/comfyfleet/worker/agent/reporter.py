@@ -23,6 +23,8 @@ log = structlog.get_logger()
 
 TICK_S = 1.0
 QUIET_S = 10.0
+# News that come thick go together: a busy worker reports ten times a second and not with each job's begin and end.
+BREATH_S = 0.1
 TIMEOUT = aiohttp.ClientTimeout(total=10.0)
 # Where there are several addresses: one that holds its answer back is not waited for that long.
 TIMEOUT_OF_SEVERAL = aiohttp.ClientTimeout(total=4.0)
@@ -44,7 +46,7 @@ class ReportTarget:
 
 
 class Reporter:
-    """`run` is the loop; `wake` makes the next report immediate."""
+    """`run` is the loop; `wake` asks for a report at once, or as soon as the last one is BREATH_S old."""
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class Reporter:
     async def run(self) -> None:
         while True:
             await self.report_once()
+            await self._clock.sleep(BREATH_S)
             with anyio.move_on_after(TICK_S):
                 await self._wake.wait()
             self._wake = anyio.Event()
