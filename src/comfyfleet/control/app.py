@@ -18,7 +18,6 @@ from pathlib import Path
 
 import anyio
 import structlog
-import uvicorn
 from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.routing import Mount
@@ -49,7 +48,7 @@ from comfyfleet.control.records import AccountVariable, ApiKey, Endpoint, Templa
 from comfyfleet.control.sharing import Sharing, agree_on_secrets, is_shared, open_sharing
 from comfyfleet.control.store.store import SqlStore, open_postgres, open_sqlite
 from comfyfleet.ids import Ids, SystemIds
-from comfyfleet.listening import CannotListen, QuietServer, bind
+from comfyfleet.listening import CannotListen, QuietServer, bind, server_config
 from comfyfleet.sealing import load_or_create_key
 from comfyfleet.settings.control import ControlSettings
 from comfyfleet.signing import UrlSigner
@@ -312,13 +311,9 @@ async def serve(settings: ControlSettings, listener: socket.socket) -> None:
                 path = settings.data_dir / "admin.key"
                 sys.stdout.write(f"admin key (made now, kept in {path}):\n{control.admin_key}\n")
         server = QuietServer(
-            uvicorn.Config(
+            server_config(
                 app,
-                http="httptools",
                 ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,  # its lines would carry ?api_key=
                 server_header=False,
                 timeout_graceful_shutdown=GRACEFUL_STOP_S,
                 timeout_keep_alive=75,
@@ -336,7 +331,7 @@ async def serve(settings: ControlSettings, listener: socket.socket) -> None:
     log.info("control.stopped")
 
 
-async def _stop_on_signal(server: uvicorn.Server, control: Control) -> None:
+async def _stop_on_signal(server: QuietServer, control: Control) -> None:
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async for _ in signals:
             control.durable.feed.close()

@@ -20,11 +20,10 @@ import anyio
 import anyio.to_thread
 import msgspec
 import structlog
-import uvicorn
 
 from comfyfleet.clock import Clock
 from comfyfleet.ids import Ids
-from comfyfleet.listening import QuietServer, bind, stop_on_signal
+from comfyfleet.listening import QuietServer, bind, server_config, stop_on_signal
 from comfyfleet.provision.staging import free_bytes
 from comfyfleet.sealing import Sealer, load_or_create_key
 from comfyfleet.settings.agent import AgentSettings, agent_settings
@@ -183,16 +182,7 @@ async def serve(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cloc
             files=FilesMount(root=settings.folders.output_dir, signer=worker.kit.signer),
             beside=files_and_hooks(worker.kit, upload_max_bytes=settings.fetch.input_max_bytes),
         )
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            loop="uvloop",
-            http="httptools",
-            timeout_graceful_shutdown=2,
-        )
-        server = QuietServer(config)
+        server = QuietServer(server_config(app, timeout_graceful_shutdown=2))
         # What was loaded stays: collecting it again and again costs a waiting caller tens of milliseconds each time.
         gc.collect()
         gc.freeze()
