@@ -80,6 +80,7 @@ class Keyring:
         self._master = master
         self._catalog = catalog
         self._clock = clock
+        self._endpoint_keys: dict[tuple[int, int], str] = {}  # by id and generation: each `/route/` asks for one
         self.replace(keys)
         self._admin = Principal(scope="admin", scopes=frozenset({ADMIN}))
 
@@ -106,9 +107,12 @@ class Keyring:
 
     def endpoint_key(self, endpoint: Endpoint) -> str:
         """The key that listings show for an endpoint: good for its `/route/`, jobs and reading."""
+        named = (endpoint.id, endpoint.key_generation)
+        if (known := self._endpoint_keys.get(named)) is not None:
+            return known
         message = f"endpoint key\n{endpoint.id}\n{endpoint.key_generation}".encode()
         code = base64.urlsafe_b64encode(hmac.new(self._master, message, hashlib.sha256).digest()).decode().rstrip("=")
-        return f"{ENDPOINT_PREFIX}{endpoint.id}_{code}"
+        return self._endpoint_keys.setdefault(named, f"{ENDPOINT_PREFIX}{endpoint.id}_{code}")
 
     def shown_key(self, endpoint: Endpoint, principal: Principal, own_key: str) -> str:
         """What a listing shows as the endpoint's key: the endpoint's own to who manages it, else the caller's.
