@@ -142,7 +142,11 @@ async def measure(case: str, folder: Path, endpoint_url: str) -> dict[str, float
         endpoint_url=endpoint_url,
     )
     places = KitPlaces(
-        output=folder / "kept", engine_input=folder / "input", outbox=folder / "hooks.sqlite3", key=b"k" * 32
+        output=folder / "kept",
+        engine_input=folder / "input",
+        outbox=folder / "hooks.sqlite3",
+        uploads=folder / "uploads.sqlite3",
+        key=b"k" * 32,
     )
     settings = (StorageSettings(s3=s3), WebhookSettings(), FetchSettings())
     stall_ms = 0.0

@@ -37,3 +37,5 @@ TRANSFER = Backoff(first_s=0.5, factor=2.0, cap_s=15.0, attempts=7)
 FETCH = Backoff(first_s=0.5, factor=3.0, cap_s=5.0, attempts=3)
 # A webhook receiver that is down: about 24 hours in all (Standard Webhooks suggests this order of growth).
 HOURS = Backoff(first_s=5.0, factor=4.0, cap_s=6 * 3600.0, attempts=10)
+# What costs somebody money until it is cleared away, and nobody waits for: about a week in all.
+DAYS = Backoff(first_s=60.0, factor=4.0, cap_s=6 * 3600.0, attempts=40)

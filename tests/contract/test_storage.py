@@ -18,12 +18,16 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from comfyfleet.clock import SystemClock
+from comfyfleet.ids import SystemIds
+from comfyfleet.sealing import Sealer
 from comfyfleet.settings.storage import WEEK_S, S3Settings
 from comfyfleet.signing import UrlSigner
 from comfyfleet.storage.base import Storage
 from comfyfleet.storage.local import LocalStorage
+from comfyfleet.storage.long_uploads import long_uploads
 from comfyfleet.storage.s3 import S3Storage
 from comfyfleet.storage.serve import files_app
+from comfyfleet.storage.upload_book import UploadBook
 from comfyfleet.testing.clock import FakeClock
 from comfyfleet.testing.s3_server import s3_server
 
@@ -60,15 +64,24 @@ def a_local_store(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def an_s3_store(tmp_path_factory):
-    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def an_s3_store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("s3")
+    book = UploadBook(folder / "uploads.sqlite3", Sealer(b"k" * 32, "uploads"))
+    with s3_server(folder) as server:
         settings = S3Settings(
             bucket=server.bucket,
             access_key_id=server.access_key_id,
             secret_access_key=server.secret_access_key,
             endpoint_url=server.endpoint_url,
         )
-        yield AStore(storage=S3Storage(settings, SystemClock()), expired=S3Storage(settings, SystemClock()))
+        async with long_uploads(book, SystemClock(), SystemIds()) as long:
+            storage = S3Storage(settings, SystemClock(), long)
+            yield AStore(storage=storage, expired=storage)
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -37,7 +37,11 @@ def s3(tmp_path_factory):
 async def a_worker(folder: Path, s3: S3Settings | None, *allowed: str):
     """The stages as a worker has them."""
     places = KitPlaces(
-        output=folder / "kept", engine_input=folder / "input", outbox=folder / "webhooks.sqlite3", key=b"k" * 32
+        output=folder / "kept",
+        engine_input=folder / "input",
+        outbox=folder / "webhooks.sqlite3",
+        uploads=folder / "uploads.sqlite3",
+        key=b"k" * 32,
     )
     storage = StorageSettings(s3=s3, files_url="http://files.test")
     async with open_kit(

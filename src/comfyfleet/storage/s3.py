@@ -1,31 +1,30 @@
-"""S3 and what speaks like it, through obstore: path style, streamed multipart, links signed without asking anybody.
+"""S3 and what speaks like it: path style, links signed without asking anybody.
 
-One obstore client per set of credentials, kept while it is in use. A part that fails is sent again on its own, so a
-broken connection costs one part and not the file; the whole is retried only after that. Links are cut to the seven
-days that Signature V4 allows, and the answer says so.
+One obstore client per set of credentials, kept while it is in use. A file of more than one part goes by
+`long_uploads`. Links are cut to the seven days that Signature V4 allows, and the answer says so.
 """
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
 import obstore
-from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import S3Store
 
 from comfyfleet.clock import Clock
 from comfyfleet.retry import TRANSFER
 from comfyfleet.settings.storage import WEEK_S, S3Settings
 from comfyfleet.storage.base import SignedUrl, StorageFailed, checked_key
+from comfyfleet.storage.long_uploads import PART_BYTES, LongUploads
+from comfyfleet.storage.s3_reasons import reason_of
 
-PART_BYTES = 5 * 1024 * 1024  # the least that S3 takes; 10,000 of them are 50 GB
-PARTS_AT_ONCE = 3
 _KEPT_STORES = 64
 _DIGEST = "sha256"
 
@@ -33,13 +32,14 @@ _DIGEST = "sha256"
 class S3Storage:
     """One bucket. `proxy_url` sends every connection through a guard (see `fetching.tunnel`)."""
 
-    def __init__(self, settings: S3Settings, clock: Clock, *, proxy_url: str = "") -> None:
+    def __init__(self, settings: S3Settings, clock: Clock, long: LongUploads, *, proxy_url: str = "") -> None:
         self._clock = clock
-        self._bucket = settings.bucket
+        self._settings = settings
+        self._long = long
+        self._guarded = bool(proxy_url)
         client: dict[str, Any] = {
             "allow_http": True,
             "connect_timeout": timedelta(seconds=max(1.0, settings.connect_timeout_s)),
-            # One part, not one file: PART_BYTES in two minutes is 50 kB/s.
             "timeout": timedelta(seconds=120),
         }
         if proxy_url:
@@ -54,29 +54,29 @@ class S3Storage:
         }
         try:
             self._store = S3Store(settings.bucket, retry_config=_retries(settings.attempts - 1), **config)
-            # For what is long under way: an outage of half a minute must not cost a gigabyte.
-            self._patient = S3Store(settings.bucket, retry_config=_retries(TRANSFER.attempts - 1), **config)
         except (BaseError, ValueError) as problem:
-            raise StorageFailed("the S3 settings make no sense: " + _reason(problem)) from problem
+            raise StorageFailed("the S3 settings make no sense: " + reason_of(problem)) from problem
 
     async def put(self, path: Path, key: str, *, media_type: str, sha256: str = "") -> None:
-        attributes = {"Content-Type": media_type or "application/octet-stream", **({_DIGEST: sha256} if sha256 else {})}
+        media_type = media_type or "application/octet-stream"
         try:
             size = (await anyio.Path(path).stat()).st_size
             if size <= PART_BYTES:
+                attributes = {"Content-Type": media_type, **({_DIGEST: sha256} if sha256 else {})}
                 await obstore.put_async(self._store, checked_key(key), path, attributes=attributes, use_multipart=False)
-            elif not await self._is_there(key, size, sha256):
-                await obstore.put_async(
-                    self._patient,
-                    checked_key(key),
-                    path,
-                    attributes=attributes,
-                    use_multipart=True,
-                    chunk_size=PART_BYTES,
-                    max_concurrency=PARTS_AT_ONCE,
-                )
+                return
+            await self._long.put(
+                path,
+                checked_key(key),
+                size=size,
+                sha256=sha256,
+                headers={"Content-Type": media_type, **({f"x-amz-meta-{_DIGEST}": sha256} if sha256 else {})},
+                settings=self._settings,
+                guarded=self._guarded,
+                is_there=partial(self._is_there, key, size, sha256),
+            )
         except (BaseError, OSError) as problem:
-            raise StorageFailed("upload to S3 failed: " + _reason(problem)) from problem
+            raise StorageFailed("upload to S3 failed: " + reason_of(problem)) from problem
 
     async def _is_there(self, key: str, size: int, sha256: str) -> bool:
         """Whether this very file arrived before a restart. Asks impatiently, so it also finds a store that is away."""
@@ -92,7 +92,7 @@ class S3Storage:
         try:
             url = await obstore.sign_async(self._store, "GET", checked_key(key), timedelta(seconds=expires_in_s))
         except BaseError as problem:
-            raise StorageFailed("signing failed: " + _reason(problem)) from problem
+            raise StorageFailed("signing failed: " + reason_of(problem)) from problem
         return SignedUrl(url=url, expires_at=float(int(now + expires_in_s)))
 
     async def delete(self, key: str) -> None:
@@ -101,7 +101,7 @@ class S3Storage:
         except (NotFoundError, FileNotFoundError):
             return
         except BaseError as problem:
-            raise StorageFailed("deleting from S3 failed: " + _reason(problem)) from problem
+            raise StorageFailed("deleting from S3 failed: " + reason_of(problem)) from problem
 
 
 def _retries(retries: int) -> dict[str, Any]:
@@ -120,44 +120,19 @@ def _retries(retries: int) -> dict[str, Any]:
 class S3Storages:
     """The clients in use, by their settings; the least recently used one is dropped."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, long: LongUploads) -> None:
         self._clock = clock
+        self._long = long
         self._kept: OrderedDict[tuple[S3Settings, str], S3Storage] = OrderedDict()
 
     def get(self, settings: S3Settings, *, proxy_url: str = "") -> S3Storage:
         """The client for these credentials. Raises StorageFailed when they cannot be right."""
         name = (settings, proxy_url)
-        found = self._kept.pop(name, None) or S3Storage(settings, self._clock, proxy_url=proxy_url)
+        found = self._kept.pop(name, None) or S3Storage(settings, self._clock, self._long, proxy_url=proxy_url)
         self._kept[name] = found
         while len(self._kept) > _KEPT_STORES:
             self._kept.popitem(last=False)
         return found
-
-
-_STATUS = re.compile(r"status(?: code)?:? (\d{3})")
-_CODES = {
-    "<Code>NoSuchBucket<": "there is no such bucket",
-    "<Code>InvalidAccessKeyId<": "the credentials were refused",
-    "<Code>SignatureDoesNotMatch<": "the credentials were refused",
-    "<Code>RequestTimeTooSkewed<": "this machine's clock is wrong",
-    "kind: Timeout": "it took too long",
-    "kind: Connect": "the endpoint cannot be reached",
-    "kind: Request": "the connection broke off",
-}
-
-
-def _reason(problem: BaseException) -> str:
-    """What happened in a few words: obstore's messages carry URLs and answers, which are not the caller's to see."""
-    text = str(problem)
-    for mark, reason in _CODES.items():
-        if mark in text:
-            return reason
-    if isinstance(problem, PermissionDeniedError | UnauthenticatedError):
-        return "access was denied"
-    found = _STATUS.search(text)
-    if found is None:
-        return "the endpoint did not accept it"
-    return f"server error {found[1]}" if found[1].startswith("5") else f"the endpoint answered {found[1]}"
 
 
 def _checked_endpoint(url: str) -> str:

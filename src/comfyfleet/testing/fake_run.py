@@ -302,6 +302,9 @@ class FakeWorker(threading.Thread):
         elif extension == "bin":
             with path.open("wb") as file:
                 file.truncate(int(values["size_bytes"]))  # sparse: a gigabyte costs nothing to make
+                for start in range(0, int(values["size_bytes"]) - 8, 2**20):  # no two stretches of it are equal
+                    file.seek(start)
+                    file.write(start.to_bytes(8, "big"))
         else:
             path.write_bytes(sample_media(extension))
 

@@ -54,6 +54,7 @@ from comfyfleet.worker.stages.file_inputs import only_engine_knows
 from comfyfleet.worker.stages.history_files import expected_folders
 from comfyfleet.worker.stages.kit import Kit, KitPlaces, open_kit
 from comfyfleet.worker.stages.store_outputs import missing_files
+from comfyfleet.worker.stages.tidy_uploads import TidyUploads
 from comfyfleet.worker.templates import SHIPPED, Templates
 from comfyfleet.worker.upkeep import Retention
 
@@ -101,6 +102,7 @@ async def running(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cl
                     output=folders.output_dir,
                     engine_input=plans[0].folders["input"],
                     outbox=folders.worker_dir / "webhooks.sqlite3",
+                    uploads=folders.worker_dir / "uploads.sqlite3",
                     key=key,
                 ),
                 storage,
@@ -158,6 +160,8 @@ async def running(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cl
 
             tasks.start_soon(machine.run, name="machine")
             tasks.start_soon(retention.run, name="retention")
+            tidy = TidyUploads(kit.long_uploads, journal.is_open, clock, ids)
+            tasks.start_soon(tidy.run, name="tidy uploads")
             for slot, plan in zip(slots, plans, strict=True):
                 tasks.start_soon(tend, slot, plan, name=slot.name)
             await tasks.start(service.run, name="jobs")

@@ -183,6 +183,10 @@ class Journal:
     def find_by_id(self, job_id: str, scope: str) -> Job | None:
         return _ended(self.rows(sql.BY_ID, (job_id, scope)))
 
+    def is_open(self, folder: str) -> bool:
+        """Has some job of this folder no end yet?"""
+        return bool(self.rows(sql.FOLDER_OPEN, {"folder": folder}))
+
     def kept_folders(self) -> set[str]:
         """Output folders of jobs that run or whose result can still be read."""
         return {row["folder"] for row in self.rows(sql.KEPT_FOLDERS)}

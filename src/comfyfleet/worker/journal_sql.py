@@ -66,6 +66,12 @@ UNION ALL
 SELECT 1 FROM job WHERE folder = :folder AND folder <> id AND scope IS NOT :but_scope
  LIMIT 1
 """
+FOLDER_OPEN = """
+SELECT 1 FROM job WHERE id = :folder AND folder = id AND status = 'accepted'
+UNION ALL
+SELECT 1 FROM job WHERE folder = :folder AND folder <> id AND status = 'accepted'
+ LIMIT 1
+"""
 KEPT_FOLDERS = "SELECT folder FROM job"
 # Results whose time is over, some at a time; their folders stay on the list until no link leads to them.
 EXPIRED = "SELECT uid, folder, finished_at, result FROM job WHERE finished_at < ? ORDER BY finished_at LIMIT 200"

@@ -18,7 +18,10 @@ from comfyfleet.clock import SystemClock
 from comfyfleet.fetching.addresses import AddressRules
 from comfyfleet.fetching.fetcher import GuardedFetcher
 from comfyfleet.ids import SeededIds
+from comfyfleet.sealing import Sealer
+from comfyfleet.storage.long_uploads import long_uploads
 from comfyfleet.storage.s3 import S3Storages
+from comfyfleet.storage.upload_book import UploadBook
 from comfyfleet.testing.clock import FakeClock
 from comfyfleet.wire.errors import FleetError, InputRefused, InputUnavailable, WorkflowRefused
 from comfyfleet.wire.generation import GenerateInput, UrlCredential
@@ -69,8 +72,12 @@ async def a_site(routes: dict):
 @asynccontextmanager
 async def a_stage(folder: Path, *allowed: str, max_bytes: int = 1_000_000):
     clock = SystemClock()
-    async with GuardedFetcher(AddressRules.parse(allowed or ("127.0.0.1",)), clock) as fetcher:
-        destinations = Destinations(None, S3Storages(clock), fetcher, tunnel_url="")
+    book = UploadBook(folder / "uploads.sqlite3", Sealer(b"k" * 32, "uploads"))
+    async with (
+        GuardedFetcher(AddressRules.parse(allowed or ("127.0.0.1",)), clock) as fetcher,
+        long_uploads(book, clock, SeededIds(1)) as long,
+    ):
+        destinations = Destinations(None, S3Storages(clock, long), fetcher, tunnel_url="")
         store = InputStore(folder, clock, max_bytes=max_bytes)
         yield FetchInputs(
             fetcher, store, destinations, max_bytes=max_bytes, timeout_s=10, clock=QuickClock(), ids=SeededIds(1)

@@ -13,9 +13,13 @@ from PIL import Image
 
 from comfyfleet.fetching.addresses import AddressRules
 from comfyfleet.fetching.fetcher import GuardedFetcher
+from comfyfleet.ids import SeededIds
+from comfyfleet.sealing import Sealer
 from comfyfleet.signing import UrlSigner
 from comfyfleet.storage.local import LocalStorage
+from comfyfleet.storage.long_uploads import long_uploads
 from comfyfleet.storage.s3 import S3Storages
+from comfyfleet.storage.upload_book import UploadBook
 from comfyfleet.testing.clock import FakeClock
 from comfyfleet.wire.generation import GenerateInput, OutputEntry
 from comfyfleet.worker.stages.destinations import Destinations
@@ -44,10 +48,11 @@ class AnEngine:
 
     async def store(self, outputs: dict, request: GenerateInput | None = None, graph=None) -> list[OutputEntry]:
         rules = AddressRules()
-        async with GuardedFetcher(rules, self.clock) as fetcher:
+        book = UploadBook(self.root / "uploads.sqlite3", Sealer(b"k" * 32, "uploads"))
+        async with GuardedFetcher(rules, self.clock) as fetcher, long_uploads(book, self.clock, SeededIds(1)) as long:
             stage = StoreOutputs(
                 LocalStorage(self.root / "kept", "http://files.test", UrlSigner(b"k" * 32, self.clock), self.clock),
-                Destinations(None, S3Storages(self.clock), fetcher, tunnel_url=""),
+                Destinations(None, S3Storages(self.clock, long), fetcher, tunnel_url=""),
                 url_expires_s=3600,
                 base64_max_bytes=self.base64_max_bytes,
             )

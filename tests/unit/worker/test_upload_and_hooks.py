@@ -35,7 +35,11 @@ PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
 @asynccontextmanager
 async def a_wrapper(folder: Path, *, upload_max_bytes: int = 10_000_000, webhook: WebhookSettings | None = None):
     places = KitPlaces(
-        output=folder / "output", engine_input=folder / "input", outbox=folder / "hooks.sqlite3", key=b"k" * 32
+        output=folder / "output",
+        engine_input=folder / "input",
+        outbox=folder / "hooks.sqlite3",
+        uploads=folder / "uploads.sqlite3",
+        key=b"k" * 32,
     )
     async with open_kit(
         places,

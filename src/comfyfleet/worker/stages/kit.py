@@ -23,7 +23,9 @@ from comfyfleet.settings.outreach import FetchSettings, WebhookSettings
 from comfyfleet.settings.storage import StorageSettings
 from comfyfleet.signing import UrlSigner
 from comfyfleet.storage.local import LocalStorage
+from comfyfleet.storage.long_uploads import LongUploads, long_uploads
 from comfyfleet.storage.s3 import S3Storages
+from comfyfleet.storage.upload_book import UploadBook
 from comfyfleet.webhooks.deliver import Webhooks
 from comfyfleet.webhooks.outbox import Outbox
 from comfyfleet.wire.generation import GenerateInput
@@ -36,11 +38,12 @@ from comfyfleet.worker.stages.store_outputs import StoreOutputs
 
 @dataclass(frozen=True, kw_only=True)
 class KitPlaces:
-    """Folders: results (`<data>/output`), the engine's input folder, the webhook file; and the file-link key."""
+    """Folders: results (`<data>/output`), the engine's input folder; files: webhooks, uploads; the file-link key."""
 
     output: Path
     engine_input: Path
     outbox: Path
+    uploads: Path
     key: bytes
 
 
@@ -56,6 +59,7 @@ class Kit:
     signer: UrlSigner
     local: LocalStorage
     fetcher: GuardedFetcher
+    long_uploads: LongUploads
 
     def check(self, request: GenerateInput) -> None:
         """Refuse what can never work, before the job is accepted. Raises a FleetError naming the field."""
@@ -83,9 +87,12 @@ async def open_kit(
             GuardedFetcher(rules, clock) as fetcher,
             GuardedFetcher(AddressRules.anywhere(), clock) as trusted,
             guarded_tunnel(rules, ids.token()) as tunnel_url,
+            long_uploads(
+                UploadBook(places.uploads, Sealer(places.key, "uploads")), clock, ids, tunnel_url=tunnel_url
+            ) as long,
             anyio.create_task_group() as loops,
         ):
-            destinations = Destinations(storage.s3, S3Storages(clock), fetcher, tunnel_url=tunnel_url)
+            destinations = Destinations(storage.s3, S3Storages(clock, long), fetcher, tunnel_url=tunnel_url)
             inputs = InputStore(places.engine_input, clock, max_bytes=fetch.input_cache_bytes)
             webhooks = Webhooks(outbox, fetcher, clock, ids, trusted=trusted)
             loops.start_soon(webhooks.run, name="webhooks")
@@ -112,6 +119,7 @@ async def open_kit(
                 signer=signer,
                 local=local,
                 fetcher=fetcher,
+                long_uploads=long,
             )
             loops.cancel_scope.cancel()
     finally:

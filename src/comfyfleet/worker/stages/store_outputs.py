@@ -20,7 +20,7 @@ import structlog
 
 from comfyfleet.storage.base import Storage, StorageFailed
 from comfyfleet.storage.local import LocalStorage
-from comfyfleet.storage.s3 import PART_BYTES
+from comfyfleet.storage.long_uploads import PART_BYTES
 from comfyfleet.wire.errors import DiskFull, room_on_disk
 from comfyfleet.wire.generation import GenerateInput, OutputEntry, S3Target
 from comfyfleet.worker.stages.destinations import Destinations
