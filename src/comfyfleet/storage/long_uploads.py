@@ -10,7 +10,6 @@ will go on with (`worker.stages.tidy_uploads` decides).
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -170,22 +169,23 @@ class _Sending:
         return self._etags
 
     async def _lane(self, all_lanes: anyio.CancelScope) -> None:
+        # One buffer for all parts of a lane: as many new ones would stay, a little of each, in every thread's heap.
+        buffer = memoryview(bytearray(min(self._part_bytes, self._size)))
         try:
             for number in self._todo:
-                self._etags[number - 1] = await self._part(number)
+                self._etags[number - 1] = await self._part(number, buffer)
         except (StorageFailed, OSError) as problem:
             self._failure = self._failure or problem
             all_lanes.cancel()
 
-    async def _part(self, number: int) -> str:
+    async def _part(self, number: int, buffer: memoryview) -> str:
         start = (number - 1) * self._part_bytes
-        length = min(self._part_bytes, self._size - start)
+        data = buffer[: min(self._part_bytes, self._size - start)]
         there = self._there.get(number)
-        if there is not None and there.size == length:
-            md5 = await anyio.to_thread.run_sync(_digest_of, self._path, start, length)
-            if md5 == there.etag:
-                return there.etag
-        data, sha256 = await anyio.to_thread.run_sync(_with_digest, self._path, start, length)
+        is_like = there is not None and there.size == len(data)
+        sha256, md5 = await anyio.to_thread.run_sync(_read, self._path, start, data, is_like)
+        if there is not None and md5 == there.etag:
+            return md5
         self._sent += 1
         return await self._calls.send(self._upload.key, self._upload.upload_id, number, data, sha256)
 
@@ -197,23 +197,16 @@ def part_bytes(size: int) -> int:
     return max(PART_BYTES, -(-size // (_MOST_PARTS * mebibyte)) * mebibyte)
 
 
-def _with_digest(path: Path, start: int, length: int) -> tuple[bytes, str]:
-    """These bytes of the file and their SHA-256. Blocking; raises OSError."""
-    data = _read(path, start, length)
-    return data, hashlib.sha256(data).hexdigest()
-
-
-def _read(path: Path, start: int, length: int) -> bytes:
+def _read(path: Path, start: int, data: memoryview, is_like: bool) -> tuple[str, str]:
+    """Fill `data` with the file's bytes from `start` on; their SHA-256, and where asked for their MD5, which is what S3
+    calls a part. Blocking; raises OSError."""
     with path.open("rb", buffering=0) as file:
-        data = b""
-        while len(data) < length:  # one read gives at most what a signal lets it
-            more = os.pread(file.fileno(), length - len(data), start + len(data))
-            if not more:
+        file.seek(start)
+        filled = 0
+        while filled < len(data):  # one read gives at most what a signal lets it
+            count = file.readinto(data[filled:])
+            if not count:
                 raise StorageFailed("upload to S3 failed: the file became shorter")
-            data = data + more if data else more
-    return data
-
-
-def _digest_of(path: Path, start: int, length: int) -> str:
-    """What S3 calls such a part: the MD5 of its bytes. Blocking; raises OSError."""
-    return hashlib.md5(_read(path, start, length), usedforsecurity=False).hexdigest()
+            filled += count
+    md5 = hashlib.md5(data, usedforsecurity=False).hexdigest() if is_like else ""
+    return hashlib.sha256(data).hexdigest(), md5

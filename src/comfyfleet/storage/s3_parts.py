@@ -21,6 +21,7 @@ from comfyfleet.settings.storage import S3Settings
 from comfyfleet.storage.base import StorageFailed, checked_key
 from comfyfleet.storage.s3_reasons import reason_of_answer
 
+Buffer = bytes | memoryview
 _PART_S = 120.0  # one part, not one file: 5 MiB in two minutes is 50 kB/s
 _PIECE = 256 * 1024
 _ANSWER_BYTES = 4 * 1024 * 1024  # of a list's page: a thousand parts are 300 kB
@@ -88,7 +89,7 @@ class S3Parts:
                 raise StorageFailed("the endpoint's list of parts makes no sense") from problem
             marker = following
 
-    async def send(self, key: str, upload_id: str, number: int, data: bytes, sha256: str) -> str:
+    async def send(self, key: str, upload_id: str, number: int, data: Buffer, sha256: str) -> str:
         """Store one part, in place of an earlier one of its number; its ETag. Raises UploadGone, StorageFailed."""
         query = {"partNumber": str(number), "uploadId": upload_id}
         _, headers = await self._call("PUT", key, query, data=data, sha256=sha256)
@@ -122,7 +123,7 @@ class S3Parts:
         key: str,
         query: dict[str, str],
         *,
-        data: bytes = b"",
+        data: Buffer = b"",
         sha256: str = _NOTHING,
         headers: Mapping[str, str] | None = None,
     ) -> tuple[str, Mapping[str, str]]:
@@ -164,11 +165,10 @@ class S3Parts:
         raise StorageFailed("upload to S3 failed: " + reason)
 
 
-async def _pieces(data: bytes) -> AsyncIterator[bytes]:
-    """A body in pieces, so that what the socket cannot take yet is not copied."""
-    view = memoryview(data)
+async def _pieces(data: Buffer) -> AsyncIterator[bytes]:
+    """A body in pieces of its own memory: a connection that is given up may still hold the last one."""
     for start in range(0, len(data), _PIECE):
-        yield bytes(view[start : start + _PIECE])
+        yield bytes(data[start : start + _PIECE])
 
 
 def _find(text: str, name: str) -> str:

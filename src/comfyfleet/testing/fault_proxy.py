@@ -44,12 +44,33 @@ class FaultProxy:
     faults: Callable[[int], Fault] = field(default=lambda _: Fault())
     connections: int = 0
     to_server: int = 0
+    _hold_at: int | None = None
+    _held: anyio.Event = field(default_factory=anyio.Event)
+    _released: anyio.Event = field(default_factory=anyio.Event)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.listening}"
 
     listening: int = 0
+
+    def hold(self, after: int) -> None:
+        """Once so many more bytes went to the server, let nothing more through until `release`."""
+        self._hold_at, self._held, self._released = self.to_server + after, anyio.Event(), anyio.Event()
+
+    def release(self) -> None:
+        self._hold_at = None
+        self._released.set()
+
+    async def until_held(self) -> None:
+        """Until as many bytes went to the server as are let through."""
+        await self._held.wait()
+
+    async def let_through(self) -> None:
+        """Wait at the barrier, where there is one."""
+        while self._hold_at is not None and self.to_server >= self._hold_at:
+            self._held.set()
+            await self._released.wait()
 
 
 @asynccontextmanager
@@ -108,6 +129,7 @@ async def _forward(
             if fault.cut_after is not None and passed + len(piece) > fault.cut_after:
                 _reset(client)
                 return
+            await proxy.let_through()
             await server.send(piece)
             passed += len(piece)
             proxy.to_server += len(piece)

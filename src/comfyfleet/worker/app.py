@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -48,6 +49,7 @@ from comfyfleet.worker.job import Finished, Job
 from comfyfleet.worker.journal import Journal
 from comfyfleet.worker.machine import Machine, build_machine
 from comfyfleet.worker.pipeline import Stages
+from comfyfleet.worker.rendered import Rendered, RenderedJobs
 from comfyfleet.worker.service import JobService
 from comfyfleet.worker.stages.fetch_inputs import FetchedInputs
 from comfyfleet.worker.stages.file_inputs import only_engine_knows
@@ -87,10 +89,9 @@ async def running(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cl
     if not storage.files_url:  # nobody else serves this worker's files: it does so itself
         host = "127.0.0.1" if settings.wrapper.host in ("0.0.0.0", "::", "") else settings.wrapper.host  # noqa: S104
         storage = replace(storage, files_url=f"http://{host}:{settings.wrapper.port}")
-    journal = Journal(
-        folders.worker_dir / "journal.sqlite3",
-        Sealer(load_or_create_key(folders.worker_dir / "journal.key"), "journal"),
-    )
+    sealer = Sealer(load_or_create_key(folders.worker_dir / "journal.key"), "journal")
+    journal = Journal(folders.worker_dir / "journal.sqlite3", sealer)
+    renders = RenderedJobs(journal, sealer)
     metrics = WorkerMetrics()
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=120)
     connector = aiohttp.TCPConnector(limit=0, force_close=False, keepalive_timeout=60)
@@ -119,7 +120,7 @@ async def running(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cl
             templates = [folder for folder in (folders.templates_dir, SHIPPED) if folder is not None]
             service = JobService(
                 pool=pool,
-                stages=_stages(kit, pool, settings.webhook.url, folders.worker_dir / "pulled"),
+                stages=_stages(kit, pool, renders, settings.webhook.url, folders.worker_dir / "pulled"),
                 journal=journal,
                 templates=Templates(*templates),
                 settings=settings.queue,
@@ -250,7 +251,7 @@ def _slot(plan: EnginePlan, session: aiohttp.ClientSession, clock: Clock, ids: I
     return EngineSlot(name=plan.name, client=client, owned=plan.launch is not None, folders=plan.folders, gpu=plan.gpu)
 
 
-def _stages(kit: Kit, pool: EnginePool, operator_webhook: str, pulled: Path) -> Stages:
+def _stages(kit: Kit, pool: EnginePool, renders: RenderedJobs, operator_webhook: str, pulled: Path) -> Stages:
     async def fetch_inputs(graph: Graph, request: GenerateInput) -> FetchedInputs:
         # A prompt may hold a link too; then this waits, once, for the first engine to say what its nodes are.
         if only_engine_knows(graph):
@@ -272,6 +273,20 @@ def _stages(kit: Kit, pool: EnginePool, operator_webhook: str, pulled: Path) -> 
             os.mkdir(place)
             for below in expected_folders(graph):
                 os.makedirs(place / below, exist_ok=True)
+
+    async def keep_render(job: Job, rendered: Rendered) -> None:
+        outputs = {"outputs": rendered.entry.outputs}
+        if kit.store_outputs.is_long_way(outputs, request=job.request, folders=rendered.folders):
+            try:
+                await renders.keep(job, rendered)
+            except (sqlite3.Error, OSError):  # a full disk, most likely: then a restart renders again
+                log.exception("render.not_kept", job=job.id)
+
+    def kept_render(job: Job) -> Rendered | None:
+        found = renders.find(job)
+        if found is None or missing_files({"outputs": found.entry.outputs}, found.folders):
+            return None
+        return found
 
     async def store_outputs(
         entry: dict[str, Any], folder: str, request: GenerateInput, folders: Mapping[str, Path]
@@ -301,6 +316,8 @@ def _stages(kit: Kit, pool: EnginePool, operator_webhook: str, pulled: Path) -> 
     return Stages(
         fetch_inputs=fetch_inputs,
         expect_outputs=expect_outputs,
+        keep_render=keep_render,
+        kept_render=kept_render,
         store_outputs=store_outputs,
         bring_outputs=bring_outputs,
         check=kit.check,

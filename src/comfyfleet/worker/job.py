@@ -118,7 +118,6 @@ class Job:
     earlier_faults: tuple[FaultKind, ...] = ()
     fault: FaultKind | None = None
     engine: str = ""
-    adopted: bool = False  # the engine had its prompt already when this process started
     cached_nodes: tuple[str, ...] = ()
     engine_s: float | None = None  # from the engine's start of the prompt to its success; None where it came from cache
     loaded: bool = False  # its models were not in the engine's memory before

@@ -93,8 +93,8 @@ class Journal:
         self._thread.start()
 
     def create(self, schema: str) -> None:
-        """Tables of another part (the webhook outbox); called while building, before any write."""
-        self._connect().executescript(schema)
+        """Tables of another part; called while building, before any write."""
+        self._db.executescript(schema)
 
     async def write(self, change: Callable[[sqlite3.Connection], Returned], *, durable: bool = True) -> Returned:
         """Run `change` on the writer's connection and commit; it is undone when it raises. No I/O in it but SQL."""

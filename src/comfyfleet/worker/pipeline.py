@@ -32,6 +32,7 @@ from comfyfleet.worker.engines.reach import place_inputs
 from comfyfleet.worker.engines.watch import PromptWatch, SilenceLimits
 from comfyfleet.worker.job import Finished, Job
 from comfyfleet.worker.journal import Journal
+from comfyfleet.worker.rendered import Rendered
 from comfyfleet.worker.stages.execute import RunEnd, adopt, execute, withdraw
 from comfyfleet.worker.stages.fetch_inputs import FetchedInputs
 from comfyfleet.worker.stages.prepare import roll_dice, with_nonce
@@ -51,6 +52,9 @@ class Stages:
     fetch_inputs: Callable[[Graph, GenerateInput], Awaitable[FetchedInputs]]
     bring_outputs: Callable[[EngineSlot, dict[str, Any], str], Awaitable[tuple[Mapping[str, Path], set[str]]]]
     expect_outputs: Callable[[str, Graph], None]  # its folders are wanted soon; called while the engine renders
+    # A render whose files are long under way is kept over a restart; the other gives what a former process kept.
+    keep_render: Callable[[Job, Rendered], Awaitable[None]]
+    kept_render: Callable[[Job], Rendered | None]
     store_outputs: Callable[[dict[str, Any], str, GenerateInput, Mapping[str, Path]], Awaitable[list[OutputEntry]]]
     check: Callable[[GenerateInput], None]
     resign: Callable[[list[OutputEntry], GenerateInput], Awaitable[None]]
@@ -86,7 +90,9 @@ class Pipeline:
         self._left_queue = left_queue
         self._stuck_limit_s = stuck_limit_s
 
-    async def run(self, job: Job, graph: Graph | None, adopted: EngineSlot | None = None) -> Finished:
+    async def run(
+        self, job: Job, graph: Graph | None, adopted: EngineSlot | None = None, rendered: Rendered | None = None
+    ) -> Finished:
         """The job's end, whatever it is. Only the end of this process gets through as an exception."""
         entry: HistoryEntry | None = None
         outputs: list[OutputEntry] = []
@@ -98,12 +104,13 @@ class Pipeline:
                 job.advance(RunStatus.PROCESSING, self._clock.now())
                 if not graph:
                     raise JobFailed("the workflow is gone")
-                if adopted is None:
-                    fetched = await self._stages.fetch_inputs(graph, job.request)
-                    job.inputs, graph = fetched.files, roll_dice(fetched.graph, self._ids)
-                entry, folders = await self._render(job, graph, adopted)
+                if rendered is None:
+                    rendered = await self._render_anew(job, graph, adopted)
+                else:
+                    job.advance(RunStatus.GENERATING, self._clock.now(), message="Rendered before a restart.")
+                entry = rendered.entry
                 job.advance(RunStatus.GENERATED, self._clock.now())
-                outputs = await self._stages.store_outputs(_as_dict(entry), job.folder, job.request, folders)
+                outputs = await self._stages.store_outputs(_as_dict(entry), job.folder, job.request, rendered.folders)
         except FleetError as problem:
             error = problem
         except _RunFailed as failure:
@@ -118,6 +125,15 @@ class Pipeline:
         finished = answer.finished(job, entry=entry, outputs=outputs, error=error, now=now, full=True)
         job.advance(finished.status, now, message=error.message if error else "")
         return finished
+
+    async def _render_anew(self, job: Job, graph: Graph, adopted: EngineSlot | None) -> Rendered:
+        if adopted is None:
+            fetched = await self._stages.fetch_inputs(graph, job.request)
+            job.inputs, graph = fetched.files, roll_dice(fetched.graph, self._ids)
+        entry, folders = await self._render(job, graph, adopted)
+        rendered = Rendered(entry=entry, folders=dict(folders))
+        await self._stages.keep_render(job, rendered)
+        return rendered
 
     async def _render(
         self, job: Job, graph: Graph, adopted: EngineSlot | None

@@ -43,6 +43,7 @@ from comfyfleet.worker.journal import Journal
 from comfyfleet.worker.pipeline import Pipeline, Stages
 from comfyfleet.worker.queue import QueueView, WaitingLine, estimate
 from comfyfleet.worker.readiness import health_report, start_failure
+from comfyfleet.worker.rendered import Rendered
 from comfyfleet.worker.resume import graph_again, whose
 from comfyfleet.worker.stages.prepare import build_graph, check_request
 from comfyfleet.worker.templates import Templates
@@ -304,13 +305,13 @@ class JobService:
         self._line.remove(job)
         self._start_next()
 
-    async def _run_job(self, job: Job, adopted: EngineSlot | None) -> None:
+    async def _run_job(self, job: Job, adopted: EngineSlot | None, rendered: Rendered | None = None) -> None:
         if self._pipeline is None:
             return
         try:
             if job.request.webhook.events and self._tasks is not None:
                 self._tasks.start_soon(self._stages.follow, job)
-            finished = await self._pipeline.run(job, self._book.graph(job), adopted)
+            finished = await self._pipeline.run(job, self._book.graph(job), adopted, rendered)
             await self._finish(job, finished)
         finally:
             self._line.remove(job)
@@ -355,13 +356,18 @@ class JobService:
             self._tasks.start_soon(self._run_job, job, None)
 
     async def _resume(self) -> None:
-        """Jobs that a former process accepted: adopt those that an engine still has, queue the rest in their order."""
-        jobs = []
+        """Jobs that a former process accepted: store what it had rendered, adopt what an engine still has, queue the
+        rest in their order."""
+        jobs: list[Job] = []
         for job in self._journal.open_jobs():
             graph = graph_again(job, self._templates)
             job.shape, job.abandonable = shape_of(graph), False
             self._enter(job, graph)
-            jobs.append(job)
+            rendered = self._stages.kept_render(job)
+            if rendered is not None and self._tasks is not None:
+                self._tasks.start_soon(self._run_job, job, None, rendered)
+            else:
+                jobs.append(job)
         if not jobs or self._tasks is None:
             return
         log.info("journal.resumed", jobs=len(jobs))

@@ -105,6 +105,13 @@ class StoreOutputs:
             await self._attach_base64(outputs)
         return outputs
 
+    def is_long_way(self, entry: Mapping[str, Any], *, request: GenerateInput, folders: Mapping[str, Path]) -> bool:
+        """Will some file be long under way to a store? Blocking, for as long as a look at each file takes."""
+        if self._open(request.s3)[0] is None:
+            return False
+        sources = (located(one, folders) for one in named_files(entry))
+        return any(source.stat().st_size > PART_BYTES for source in sources if source is not None and source.is_file())
+
     async def resign(self, outputs: Sequence[OutputEntry], *, request: GenerateInput) -> None:
         """New links, in place, for a result that is read later."""
         remote, _ = self._open(request.s3)
