@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from support.fleet_world import FleetWorld, a_graph
+from support.http_calls import post_json
+from support.routing_calls import make_endpoint, ready
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
@@ -88,6 +90,24 @@ def test_a_request_id_in_the_input_is_a_key_as_well(world):
     assert ids[0] == ids[1]
 
 
+def test_one_name_at_two_endpoints_or_two_doors_never_brings_the_others_result(world):
+    make_endpoint(world.plane, "elsewhere")
+    given = {"workflow_json": a_graph(40), "request_id": "song-40"}
+    _, first = world.plane.call("POST", "/v1/jobs", {"endpoint": "comfy", "input": given})
+    status, refusal = world.plane.call("POST", "/v1/jobs", {"endpoint": "elsewhere", "input": given})
+    assert (status, refusal["error"], refusal["details"]["id"]) == (422, "idempotency_mismatch", first["id"])
+    durable = world.until(first["id"])["result"]
+
+    ticket = ready(world.plane, "comfy")
+    by_ticket = {"input": {"workflow_json": a_graph(41), "request_id": "song-40"}}
+    body = {"auth_data": ticket, "session_id": None, "payload": by_ticket}
+    status, routed = post_json(ticket["url"] + "/generate/sync", body)
+
+    assert (status, routed["id"], durable["id"]) == (200, "song-40", first["id"])
+    assert "/files/song-40/" in routed["output"][0]["url"]
+    assert f"/files/{first['id']}/" in durable["output"][0]["url"]
+
+
 def test_a_batch_is_accepted_whole_or_not_at_all(world):
     good = {"endpoint": "comfy", "input": {"workflow_json": a_graph(5)}}
     bad = {"endpoint": "comfy", "input": {"workflow_json": {"1": {"class_type": "X"}}}}
@@ -109,11 +129,11 @@ def test_a_batch_is_accepted_whole_or_not_at_all(world):
         ({"priority": 1000}, 400, "priority"),
         ({"cost": 0}, 400, "cost"),
         ({"deadline_s": -1}, 400, "deadline_s"),
-        ({"input": {}}, 422, "input"),
+        ({"input": {}}, 400, "input.workflow_json"),
         ({"input": {"workflow_json": []}}, 400, "input.workflow_json"),
         ({"input": {"workflow_json": a_graph(1), "request_id": "../x"}}, 400, "input.request_id"),
-        ({"webhook": {"url": "file:///etc/passwd"}}, 422, None),
-        ({"webhook": {"url": "http://169.254.169.254/"}}, 422, None),
+        ({"webhook": {"url": "file:///etc/passwd"}}, 422, "webhook.url"),
+        ({"webhook": {"url": "http://169.254.169.254/"}}, 422, "webhook.url"),
         ({"input": 5}, 400, "input"),
     ],
 )
@@ -123,8 +143,67 @@ def test_a_bad_submission_is_refused_naming_the_field(world, change, status, fie
 
     assert answered == status
     assert refusal["msg"]
-    if field is not None:
-        assert refusal["details"]["field"] == field
+    assert refusal["details"]["field"] == field
+
+
+BAD_INPUTS = {
+    "nothing to do": {},
+    "two things to do": {"modifier": "text2image", "workflow_json": a_graph(8)},
+    "an id that is a path": {"request_id": "../x"},
+    "an id that is too long": {"request_id": "x" * 129},
+    "a number that is a word": {"deadline_s": "soon"},
+    "a time before now": {"deadline_s": -1},
+    "a wait before now": {"max_queue_wait_s": -1},
+    "links that expired": {"expires_s": -5},
+    "a flag that is none": {"force": "perhaps"},
+    "a graph that is a list": {"workflow_json": []},
+    "a graph without nodes": {"workflow_json": {}},
+    "a canvas file": {"workflow_json": {"nodes": [], "links": []}},
+    "a node without a class": {"workflow_json": {"1": {"inputs": {}}}},
+    "a node without inputs": {"workflow_json": {"1": {"class_type": "SaveImage"}}},
+    "a node that is a number": {"workflow_json": {"1": 5}},
+    "too many nodes": {"workflow_json": {str(n): {"class_type": "X", "inputs": {}} for n in range(1501)}},
+    "a graph that bites its tail": {
+        "workflow_json": {
+            "1": {"class_type": "X", "inputs": {"a": ["2", 0]}},
+            "2": {"class_type": "X", "inputs": {"a": ["1", 0]}},
+        }
+    },
+    "half the keys": {"s3": {"access_key_id": "a", "bucket_name": "b"}},
+    "the other half of the keys": {"s3": {"secret_access_key": "a", "bucket_name": "b"}},
+    "keys and no bucket": {"s3": {"access_key_id": "a", "secret_access_key": "b"}},
+    "a bucket and no keys": {"s3": {"bucket_name": "b"}},
+    "an endpoint and no keys": {"s3": {"endpoint_url": "https://s3.example.com", "bucket_name": "b"}},
+    "an endpoint of no web": {
+        "s3": {"access_key_id": "a", "secret_access_key": "b", "bucket_name": "c", "endpoint_url": "ftp://x"}
+    },
+    "an s3 that is a text": {"s3": "here"},
+    "a number in s3 that is a word": {"s3": {"connect_attempts": "many"}},
+    "a webhook to a file": {"webhook": {"url": "file:///etc/passwd"}},
+    "a webhook to the cloud's secrets": {"webhook": {"url": "http://169.254.169.254/"}},
+    "a webhook for other news": {"webhook": {"url": "https://example.com/", "events": ["weather"]}},
+    "headers for nowhere": {"credentials": [{"headers": {"a": "b"}}]},
+    "headers that are a text": {"credentials": "secret"},
+}
+
+
+@pytest.mark.parametrize("given", BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_a_durable_job_is_refused_at_once_in_the_words_of_its_worker(world, given):
+    wanted = {"workflow_json": a_graph(8), **given} if "modifier" not in given and given else given
+    ticket = ready(world.plane, "comfy")
+    at_worker = post_json(
+        ticket["url"] + "/generate", {"auth_data": ticket, "session_id": None, "payload": {"input": wanted}}
+    )
+    job = {"endpoint": "comfy", "input": wanted}
+    at_control = world.plane.call("POST", "/v1/jobs", job)
+    in_a_batch = world.plane.call("POST", "/v1/jobs/batch", {"jobs": [job]})
+
+    status, refusal = at_worker
+    assert 400 <= status < 500, refusal
+    assert refusal["error"]["details"].get("field") or refusal["error"]["details"].get("node_id")
+    expected = (status, refusal["error"]["code"], refusal["error"]["details"])
+    for answered, told in (at_control, in_a_batch):
+        assert (answered, told["error"], told["details"]) == expected
 
 
 def test_a_failing_workflow_fails_once_and_says_which_node(world):

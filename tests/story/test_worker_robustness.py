@@ -97,7 +97,7 @@ async def test_an_id_that_leaves_the_output_folder_is_refused_and_writes_nothing
     status, answer = await worker.generate(picture(3), request_id="../../escape/x")
 
     assert status == 400
-    assert answer["error"]["details"]["field"] == "request_id"
+    assert answer["error"]["details"]["field"] == "input.request_id"
     assert not (worker.folder / "escape").exists()
 
 

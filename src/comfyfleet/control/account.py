@@ -16,7 +16,9 @@ from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.keys import Vault
 from comfyfleet.control.records import AccountVariable, Endpoint, Template, Workergroup
 from comfyfleet.control.store.base import Store
+from comfyfleet.control.workers import Workers
 from comfyfleet.provision.template import shipped_templates
+from comfyfleet.settings.storage import PLACE_OF_S3, S3Settings, s3_of_environment
 from comfyfleet.wire.errors import InvalidArguments, NotFound
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
@@ -101,6 +103,30 @@ class WorkerEnvironment:
             "COMFYFLEET_ENDPOINT": endpoint.endpoint_name,
             "COMFYFLEET_TEMPLATE": (template.name if template is not None else "") or group.template_hash,
         }
+
+
+class WorkersStorage:
+    """The S3 settings that an endpoint's workers bring of their own, as far as the control plane can tell."""
+
+    def __init__(
+        self, catalog: Catalog, environment: WorkerEnvironment, workers: Workers, inherited: Mapping[str, str] | None
+    ) -> None:
+        """inherited: what every worker starts from; None where that is another machine's."""
+        self._catalog = catalog
+        self._environment = environment
+        self._workers = workers
+        self._inherited = inherited
+
+    def __call__(self, endpoint_id: int) -> S3Settings | None:
+        """What any of its workgroups brings; None where nobody here can say (other machines, foreign workers)."""
+        endpoint = self._catalog.endpoint(endpoint_id)
+        is_foreign = any(worker.is_foreign for worker in self._workers.of_endpoint(endpoint_id))
+        if self._inherited is None or endpoint is None or is_foreign:
+            return None
+        brought = dict(self._inherited)
+        for group in self._catalog.workergroups(endpoint_id):
+            brought.update(self._environment(endpoint, group))
+        return s3_of_environment({name: brought.get(name, "") for name in PLACE_OF_S3}) or S3Settings()
 
 
 def template_environment(template: Template) -> dict[str, str]:

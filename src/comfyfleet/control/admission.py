@@ -7,7 +7,7 @@ again; another body under that key is refused. Secrets in a request (S3, webhook
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -24,10 +24,13 @@ from comfyfleet.control.store.base import Added, Store
 from comfyfleet.fetching.fetcher import GuardedFetcher
 from comfyfleet.ids import Ids
 from comfyfleet.settings.outreach import WebhookSettings
+from comfyfleet.settings.storage import S3Settings
 from comfyfleet.webhooks.receivers import check_receiver
-from comfyfleet.wire.errors import BadRequest, IdempotencyMismatch, InvalidArguments, NotFound, WorkflowRefused
-from comfyfleet.wire.generation import REQUEST_ID, S3Target, WebhookTarget
+from comfyfleet.wire.errors import IdempotencyMismatch, InvalidArguments, NotFound, WorkflowRefused
+from comfyfleet.wire.file_inputs import file_references
+from comfyfleet.wire.generation import GenerateInput, S3Target, WebhookTarget
 from comfyfleet.wire.jobs import JobStatus
+from comfyfleet.wire.requests import check_request, check_s3, parse_input, without_blanks
 from comfyfleet.wire.shapes import models_of, shape_of
 from comfyfleet.wire.workflow import parse_graph, unfit_value
 
@@ -74,24 +77,30 @@ class Admission:
         limits: Limits,
         vault: Vault,
         fetcher: GuardedFetcher,
+        anywhere: GuardedFetcher,
         operator: WebhookSettings,
+        s3_of: Callable[[int], S3Settings | None],
         clock: Clock,
         ids: Ids,
     ) -> None:
+        """anywhere: a fetcher without address rules. s3_of: what an endpoint's workers bring; None: nobody knows."""
         self._store = store
         self._catalog = catalog
         self._learned = learned
         self._limits = limits
         self._vault = vault
         self._fetcher = fetcher
+        self._anywhere = anywhere
         self._operator = operator
+        self._s3_of = s3_of
         self._clock = clock
         self._ids = ids
 
     async def submit(self, principal: Principal, requests: Sequence[JobRequest], waiting: int) -> list[Added]:
         """Store them all, or none. waiting: jobs of this scope that wait already.
 
-        Raises InvalidArguments, WorkflowRefused, IdempotencyMismatch, NotFound, TooManyRequests.
+        Raises BadRequest, Unprocessable, IdempotencyMismatch, NotFound, TooManyRequests. What a worker would refuse of
+        an input without looking at its engine is refused here, in the same words (`wire.requests`).
         """
         principal.demand(JOBS)
         if not 0 < len(requests) <= MAX_BATCH:
@@ -110,11 +119,17 @@ class Admission:
     def _job(self, principal: Principal, request: JobRequest, now: float) -> Job:
         endpoint = self._endpoint(principal, request.endpoint)
         _check(request)
-        given = {name: value for name, value in request.input.items() if value not in (None, "")}
-        s3, webhook = _taken_out(given, request.webhook)
-        check_receiver(webhook, self._operator, self._fetcher, field="webhook.url")
-        shape, models = _checked_work(given)
-        key = request.idempotency_key or str(given.get("request_id", ""))
+        given = without_blanks(request.input)
+        asked = parse_input(given)
+        check_request(asked)
+        self._check_s3(asked.s3, endpoint)
+        own = request.webhook if request.webhook is not None and request.webhook.url else None
+        webhook, field = (own, "webhook") if own is not None else (asked.webhook, "input.webhook")
+        check_receiver(webhook, self._operator, self._fetcher, field=field)
+        shape, models = _checked_work(asked, given)
+        s3 = given.pop("s3", {})
+        given.pop("webhook", None)
+        key = request.idempotency_key or asked.request_id
         text = msgspec.json.encode(given).decode()
         carries_headers = bool(given.get("credentials")) or '"headers"' in text
         secrets = JobSecrets(s3=s3, webhook=webhook, input=text if carries_headers else "")
@@ -143,6 +158,18 @@ class Admission:
             webhook="sealed" if webhook.url else "",
         )
 
+    def _check_s3(self, target: S3Target, endpoint: Endpoint) -> None:
+        if target == S3Target():
+            return
+        brought = self._s3_of(endpoint.id)
+        check_s3(
+            target,
+            has_keys=brought is None or brought.has_keys,
+            has_bucket=brought is None or bool(brought.bucket),
+        )
+        if target.endpoint_url:
+            self._anywhere.check_url(target.endpoint_url, field="input.s3.endpoint_url")
+
     def _endpoint(self, principal: Principal, wanted: str | int) -> Endpoint:
         endpoint = (
             self._catalog.endpoint(wanted)
@@ -167,35 +194,13 @@ def _check(request: JobRequest) -> None:
         raise InvalidArguments(f"metadata is over {MAX_METADATA_BYTES} bytes", field="metadata")
 
 
-def _taken_out(given: dict[str, Any], webhook: WebhookTarget | None) -> tuple[dict[str, Any], WebhookTarget]:
-    """S3 block and webhook, removed from the input; the request's own webhook stands over the input's."""
-    try:
-        s3 = _without_blanks(given.pop("s3", {}))
-        msgspec.convert(s3, S3Target, strict=False)
-        inside = msgspec.convert(_without_blanks(given.pop("webhook", {})), WebhookTarget, strict=False)
-    except msgspec.ValidationError as error:
-        raise InvalidArguments(f"input: {error}", field="input") from error
-    return s3, webhook if webhook is not None and webhook.url else inside
-
-
-def _without_blanks(block: object) -> dict[str, Any]:
-    if not isinstance(block, dict):
-        raise InvalidArguments("s3 and webhook are objects", field="input")
-    return {name: value for name, value in block.items() if value not in (None, "")}
-
-
-def _checked_work(given: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+def _checked_work(request: GenerateInput, given: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     """(shape, models) of what is to be run. Raises WorkflowRefused naming the node, or BadRequest."""
-    request_id = given.get("request_id", "")
-    if request_id and (not isinstance(request_id, str) or not REQUEST_ID.fullmatch(request_id)):
-        raise BadRequest("input.request_id must be a plain name", field="input.request_id")
-    has_graph, has_modifier = "workflow_json" in given, "modifier" in given
-    if has_graph == has_modifier:
-        raise WorkflowRefused("input needs workflow_json or modifier, one of them", field="input")
-    if has_modifier:
-        if reason := unfit_value(given.get("modifications", {})):
+    if request.modifier:
+        if reason := unfit_value(request.modifications):
             raise WorkflowRefused(f"input.modifications: {reason}", field="input.modifications")
         return "", ()
-    graph = parse_graph(given["workflow_json"], field="input.workflow_json")
+    graph = parse_graph(request.workflow_json, field="input.workflow_json")
+    file_references(graph)
     given["workflow_json"] = graph
     return shape_of(graph), models_of(graph)

@@ -24,7 +24,7 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp
 
 from comfyfleet.clock import Clock, SystemClock
-from comfyfleet.control.account import Account, WorkerEnvironment, built_in_templates
+from comfyfleet.control.account import Account, WorkerEnvironment, WorkersStorage, built_in_templates
 from comfyfleet.control.api import account, certificates, endpoints, fleet, insight, templates, workergroups
 from comfyfleet.control.api.calling import ERROR_HANDLERS, Caller
 from comfyfleet.control.api.hot_paths import HotPaths, posts
@@ -114,13 +114,14 @@ async def open_control(
             settings, store=store, catalog=catalog, keyring=keyring, account=account, clock=clock, ids=ids
         )
     ownership = sharing.replicas if sharing is not None else SOLE_OWNER
+    environment = WorkerEnvironment(catalog, account)
     routing = RoutingPlane(
         data_dir=folder,
         catalog=catalog,
         keys=keyring,
         store=store,
         provider=_provider(settings, clock, ids, files_key),
-        environment=WorkerEnvironment(catalog, account),
+        environment=environment,
         clock=clock,
         ids=ids,
         ownership=ownership,
@@ -140,6 +141,9 @@ async def open_control(
             session=session,
             fetcher=fetcher,
             trusted=trusted,
+            s3_of=WorkersStorage(
+                catalog, environment, routing.workers, settings.inherited if settings.fleet == "local" else None
+            ),
             clock=clock,
             ids=ids,
             ownership=ownership,

@@ -6,7 +6,7 @@ A composition root like `plane` (routing), on whose desk and registry it stands.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import aiohttp
@@ -39,6 +39,7 @@ from comfyfleet.ids import Ids
 from comfyfleet.sealing import Sealer
 from comfyfleet.settings.control import ControlSettings
 from comfyfleet.settings.outreach import FetchSettings, WebhookSettings
+from comfyfleet.settings.storage import S3Settings
 from comfyfleet.webhooks.deliver import Webhooks
 from comfyfleet.webhooks.outbox import Outbox
 from comfyfleet.wire.jobs import JobStatus
@@ -60,6 +61,7 @@ class DurablePlane:
         session: aiohttp.ClientSession,
         fetcher: GuardedFetcher,
         trusted: GuardedFetcher,
+        s3_of: Callable[[int], S3Settings | None],
         clock: Clock,
         ids: Ids,
         ownership: Ownership,
@@ -84,7 +86,9 @@ class DurablePlane:
             limits=self.limits,
             vault=vault,
             fetcher=fetcher,
+            anywhere=trusted,
             operator=operator,
+            s3_of=s3_of,
             clock=clock,
             ids=ids,
         )

@@ -9,7 +9,11 @@ from __future__ import annotations
 from comfyfleet.fetching.fetcher import GuardedFetcher
 from comfyfleet.settings.outreach import WebhookSettings
 from comfyfleet.webhooks.outbox import Receiver
+from comfyfleet.wire.errors import BadRequest
 from comfyfleet.wire.generation import WebhookTarget
+
+# Of these a receiver may choose.
+EVENTS = frozenset({"started", "progress", "completed", "failed", "cancelled"})
 
 
 def receiver_of(target: WebhookTarget, operator: WebhookSettings) -> Receiver | None:
@@ -23,6 +27,11 @@ def receiver_of(target: WebhookTarget, operator: WebhookSettings) -> Receiver | 
 
 
 def check_receiver(target: WebhookTarget, operator: WebhookSettings, fetcher: GuardedFetcher, *, field: str) -> None:
-    """Refuse a receiver that can never be told, before anything is done. Raises InputRefused naming `field`."""
+    """Refuse a receiver that can never be told, before anything is done. field: where the target stood.
+
+    Raises InputRefused or BadRequest naming what in it.
+    """
     if target.url and target.url != operator.url:
-        fetcher.check_url(target.url, field=field)
+        fetcher.check_url(target.url, field=f"{field}.url")
+    if unknown := sorted(set(target.events) - EVENTS):
+        raise BadRequest(f"{field}.events knows no {unknown[0]!r}", field=f"{field}.events")

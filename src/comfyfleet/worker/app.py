@@ -30,6 +30,7 @@ from comfyfleet.sealing import Sealer, load_or_create_key
 from comfyfleet.settings.agent import AgentSettings, agent_settings
 from comfyfleet.settings.pyworker import pyworker_settings
 from comfyfleet.settings.worker import WorkerSettings
+from comfyfleet.wire.file_inputs import only_engine_knows
 from comfyfleet.wire.generation import GenerateInput, GenerateResult, OutputEntry
 from comfyfleet.wire.workflow import Graph
 from comfyfleet.worker.agent.agent import Agent, AgentFolders
@@ -52,7 +53,6 @@ from comfyfleet.worker.pipeline import Stages
 from comfyfleet.worker.rendered import Rendered, RenderedJobs
 from comfyfleet.worker.service import JobService
 from comfyfleet.worker.stages.fetch_inputs import FetchedInputs
-from comfyfleet.worker.stages.file_inputs import only_engine_knows
 from comfyfleet.worker.stages.history_files import expected_folders
 from comfyfleet.worker.stages.kit import Kit, KitPlaces, open_kit
 from comfyfleet.worker.stages.store_outputs import missing_files
@@ -86,6 +86,8 @@ async def running(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cl
     given = settings.storage.files_key
     key = bytes.fromhex(given) if given else load_or_create_key(folders.files_key_file)
     storage = settings.storage
+    if storage.notice:
+        log.warning("storage.incomplete", why=storage.notice)
     if not storage.files_url:  # nobody else serves this worker's files: it does so itself
         host = "127.0.0.1" if settings.wrapper.host in ("0.0.0.0", "::", "") else settings.wrapper.host  # noqa: S104
         storage = replace(storage, files_url=f"http://{host}:{settings.wrapper.port}")
@@ -130,6 +132,8 @@ async def running(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cl
                 on_finished=metrics.finished,
             )
             metrics.watch(service)
+            if storage.notice:
+                service.facts["storage"] = {"notice": storage.notice}
             machine = build_machine(
                 settings,
                 env,

@@ -33,6 +33,7 @@ from comfyfleet.wire.errors import (
 )
 from comfyfleet.wire.generation import GenerateInput, GenerateResult
 from comfyfleet.wire.jobs import RunStatus
+from comfyfleet.wire.requests import check_request
 from comfyfleet.wire.shapes import shape_of
 from comfyfleet.wire.workflow import Graph
 from comfyfleet.worker.engines.learned import Durations
@@ -45,7 +46,7 @@ from comfyfleet.worker.queue import QueueView, WaitingLine, estimate
 from comfyfleet.worker.readiness import health_report, start_failure
 from comfyfleet.worker.rendered import Rendered
 from comfyfleet.worker.resume import graph_again, whose
-from comfyfleet.worker.stages.prepare import build_graph, check_request
+from comfyfleet.worker.stages.prepare import build_graph
 from comfyfleet.worker.templates import Templates
 from comfyfleet.worker.upkeep import Sweep, save_learned
 

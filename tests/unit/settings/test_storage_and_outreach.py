@@ -30,9 +30,31 @@ def test_s3_comes_from_the_documents_variables() -> None:
     assert "sk" not in repr(s3)
 
 
-@pytest.mark.parametrize("missing", ["S3_BUCKET_NAME", "S3_ACCESS_KEY_ID"])
-def test_without_bucket_or_key_files_stay_here(missing: str) -> None:
-    assert StorageSettings.from_environment({**S3, missing: ""}).s3 is None
+@pytest.mark.parametrize("missing", S3)
+def test_without_bucket_or_key_files_stay_here_and_the_operator_is_told_which_is_missing(missing: str) -> None:
+    settings = StorageSettings.from_environment({**S3, missing: ""})
+
+    assert effective_s3(settings.s3, S3Target()) is None
+    assert missing in settings.notice
+    assert "sk" not in settings.notice
+
+
+@pytest.mark.parametrize("env", [{}, S3])
+def test_nothing_is_said_where_s3_is_set_or_not_meant(env: dict[str, str]) -> None:
+    assert StorageSettings.from_environment(env).notice == ""
+
+
+def test_a_request_may_bring_what_the_operator_left_open() -> None:
+    keys_only = StorageSettings.from_environment({**S3, "S3_BUCKET_NAME": ""}).s3
+    bucket_only = StorageSettings.from_environment({"S3_BUCKET_NAME": "b", "S3_ENDPOINT_URL": "https://ours"}).s3
+
+    with_bucket = effective_s3(keys_only, S3Target(bucket_name="mine"))
+    with_keys = effective_s3(bucket_only, S3Target(access_key_id="a", secret_access_key="c"))
+
+    assert with_bucket is not None
+    assert (with_bucket.bucket, with_bucket.access_key_id) == ("mine", "ak")
+    assert with_keys is not None
+    assert (with_keys.bucket, with_keys.endpoint_url, with_keys.access_key_id) == ("b", "https://ours", "a")
 
 
 @pytest.mark.parametrize("value", ["soon", "-1", "nan", "inf"])
@@ -96,6 +118,13 @@ def test_the_operators_keys_never_sign_for_a_strangers_endpoint(target: S3Target
         effective_s3(OPERATOR, target)
 
     assert refusal.value.details["field"] == field
+
+
+def test_a_bucket_that_nobody_has_keys_for_is_refused() -> None:
+    for operator in (None, S3Settings(bucket="ours")):
+        with pytest.raises(Unprocessable) as refusal:
+            effective_s3(operator, S3Target(bucket_name="mine"))
+        assert refusal.value.details["field"] == "input.s3.access_key_id"
 
 
 def test_keys_without_any_bucket_are_refused() -> None:

@@ -155,11 +155,11 @@ async def test_the_operator_sees_and_replays_events_of_jobs_that_came_behind_a_t
 async def test_the_operators_own_receiver_may_be_named_wherever_it_is_and_no_other_private_one(tmp_path: Path) -> None:
     operator = WebhookSettings(url="http://10.0.0.7/hook", secrets=("s",))
     async with GuardedFetcher(AddressRules(), SystemClock()) as fetcher:
-        check_receiver(WebhookTarget(url=operator.url), operator, fetcher, field="webhook.url")
-        check_receiver(WebhookTarget(), operator, fetcher, field="webhook.url")
+        check_receiver(WebhookTarget(url=operator.url), operator, fetcher, field="webhook")
+        check_receiver(WebhookTarget(), operator, fetcher, field="webhook")
         for url in ("http://10.0.0.8/hook", "http://10.0.0.7/other"):
             with pytest.raises(InputRefused):
-                check_receiver(WebhookTarget(url=url), operator, fetcher, field="webhook.url")
+                check_receiver(WebhookTarget(url=url), operator, fetcher, field="webhook")
 
     assert receiver_of(WebhookTarget(url=operator.url), operator).trusted
     assert receiver_of(WebhookTarget(), operator).trusted

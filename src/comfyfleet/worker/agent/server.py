@@ -31,13 +31,13 @@ from comfyfleet.web import NOT_JSON, JsonResponse, sse_frame, worker_error
 from comfyfleet.wire.errors import FleetError, NotFound, Unauthorized, Unavailable, Unprocessable
 from comfyfleet.wire.generation import GenerateInput
 from comfyfleet.wire.jobs import RunStatus
+from comfyfleet.wire.requests import parse_payload
 from comfyfleet.wire.tickets import TicketClaims
 from comfyfleet.worker.agent.load_book import LoadBook, RunFacts
 from comfyfleet.worker.agent.session_routes import SessionRoutes
 from comfyfleet.worker.agent.sessions import Session
 from comfyfleet.worker.agent.startup import Startup
 from comfyfleet.worker.agent.tickets import TicketChecker
-from comfyfleet.worker.api.bodies import parse_payload
 from comfyfleet.worker.api.generate import ClientGone, GenerateRoutes, live_view, plain_id, read_body
 from comfyfleet.worker.job import Job
 from comfyfleet.worker.service import JobService

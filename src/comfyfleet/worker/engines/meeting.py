@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import msgspec
 
+from comfyfleet.wire.file_inputs import upload_inputs
 from comfyfleet.worker.engines.client import EngineGone
 from comfyfleet.worker.engines.pool import EngineSlot
 from comfyfleet.worker.engines.reach import told_folders
-from comfyfleet.worker.stages.file_inputs import upload_inputs
 
 _SOCKET_S = 5.0
 

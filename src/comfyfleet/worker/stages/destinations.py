@@ -1,7 +1,7 @@
 """Which store takes a job's outputs: the request's S3 over the environment's, field by field; else none but the disk.
 
-A request may name an endpoint of its own only with keys of its own, or it could make the operator's keys sign for a
-stranger. Such an endpoint is reached only through the guarded tunnel, under the same address rules as any other URL.
+An endpoint that a request names is reached only through the guarded tunnel, under the same address rules as any other
+URL.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from comfyfleet.fetching.fetcher import GuardedFetcher
 from comfyfleet.settings.storage import S3Settings
 from comfyfleet.storage.base import Storage, StorageFailed
 from comfyfleet.storage.s3 import S3Storages
-from comfyfleet.wire.errors import FleetError, Unprocessable
+from comfyfleet.wire.errors import FleetError
 from comfyfleet.wire.generation import S3Target
+from comfyfleet.wire.requests import check_s3
 
 _MAX_TIMEOUT_S = 300.0
 _MAX_ATTEMPTS = 10
@@ -23,21 +24,12 @@ _MAX_ATTEMPTS = 10
 
 def effective_s3(operator: S3Settings | None, request: S3Target) -> S3Settings | None:
     """The bucket and keys to use, or None for local files only. Raises Unprocessable naming the field."""
-    own_keys = bool(request.access_key_id and request.secret_access_key)
-    if bool(request.access_key_id) != bool(request.secret_access_key):
-        missing = "secret_access_key" if request.access_key_id else "access_key_id"
-        raise Unprocessable(f"s3.{missing} is missing", field=f"input.s3.{missing}")
-    if request.endpoint_url and not own_keys:
-        raise Unprocessable(
-            "s3.endpoint_url needs s3.access_key_id and s3.secret_access_key beside it", field="input.s3.endpoint_url"
-        )
-    if operator is None and not own_keys:
+    operator = operator or S3Settings()
+    check_s3(request, has_keys=operator.has_keys, has_bucket=bool(operator.bucket))
+    own_keys = bool(request.access_key_id)
+    bucket = request.bucket_name or operator.bucket
+    if not bucket or not (own_keys or operator.has_keys):
         return None
-    bucket = request.bucket_name or (operator.bucket if operator else "")
-    if not bucket:
-        raise Unprocessable("s3.bucket_name is missing", field="input.s3.bucket_name")
-    if operator is None:
-        operator = S3Settings(bucket=bucket, access_key_id="", secret_access_key="")
     chosen = replace(
         operator,
         bucket=bucket,

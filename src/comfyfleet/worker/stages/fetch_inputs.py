@@ -27,10 +27,10 @@ from comfyfleet.ids import Ids
 from comfyfleet.retry import FETCH
 from comfyfleet.storage.base import StorageFailed
 from comfyfleet.wire.errors import FleetError, InputUnavailable, WorkflowRefused, room_on_disk
+from comfyfleet.wire.file_inputs import FileReference, file_references, plain_names, with_names
 from comfyfleet.wire.generation import GenerateInput
 from comfyfleet.wire.workflow import Graph
 from comfyfleet.worker.stages.destinations import Destinations
-from comfyfleet.worker.stages.file_inputs import FileReference, file_references, plain_names, with_names
 from comfyfleet.worker.stages.input_store import FOLDER, InputFile, InputStore
 from comfyfleet.worker.stages.media import sniffed_type
 

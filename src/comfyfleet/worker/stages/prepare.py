@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from comfyfleet.ids import Ids
-from comfyfleet.wire.errors import BadRequest
-from comfyfleet.wire.generation import RANDOM_INT, REQUEST_ID, GenerateInput
+from comfyfleet.wire.generation import RANDOM_INT, GenerateInput
 from comfyfleet.wire.workflow import Graph, is_link, parse_graph
 from comfyfleet.worker.templates import Templates
 
@@ -14,28 +13,11 @@ from comfyfleet.worker.templates import Templates
 NONCE = "comfyfleet_nonce"
 
 
-def check_request(request: GenerateInput) -> None:
-    """What needs no graph: the id is a plain name, and there is exactly one kind of work. Raises BadRequest."""
-    if request.request_id and not REQUEST_ID.fullmatch(request.request_id):
-        raise BadRequest(
-            "request_id must be up to 128 letters, digits, dots, dashes and underscores, the first a letter or digit",
-            field="request_id",
-        )
-    has_graph = request.workflow_json not in (None, "")
-    if has_graph and request.modifier:
-        raise BadRequest("give workflow_json or modifier, not both", field="workflow_json")
-    if not has_graph and not request.modifier:
-        raise BadRequest("workflow_json is missing (or a modifier naming a workflow template)", field="workflow_json")
-    for field in ("deadline_s", "max_queue_wait_s", "expires_s"):
-        if getattr(request, field) < 0:
-            raise BadRequest(f"{field} must not be negative", field=field)
-
-
 def build_graph(request: GenerateInput, templates: Templates) -> Graph:
     """The checked and rebuilt graph of a request, placeholders still in it. Raises BadRequest or WorkflowRefused."""
     if request.modifier:
-        return parse_graph(templates.fill(request.modifier, request.modifications), field="modifier")
-    return parse_graph(request.workflow_json)
+        return parse_graph(templates.fill(request.modifier, request.modifications), field="input.modifier")
+    return parse_graph(request.workflow_json, field="input.workflow_json")
 
 
 def roll_dice(graph: Graph, ids: Ids) -> Graph:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfyfleet.wire.errors import WorkflowRefused
-from comfyfleet.worker.stages.file_inputs import (
+from comfyfleet.wire.file_inputs import (
     FileReference,
     file_references,
     only_engine_knows,
