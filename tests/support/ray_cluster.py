@@ -36,6 +36,8 @@ TIGHT = {
 }
 PATIENT = {**TIGHT, "health_check_timeout_ms": 3000, "health_check_failure_threshold": 4}
 START_TRIES = 4
+FAKE_HEAD_NODE_ID = "f" * 51 + "00000"
+IDLE_S = 6
 MEMORY = "78643200"  # the least that Ray takes for its object store
 
 
@@ -48,11 +50,15 @@ def free_port() -> int:
 class RayCluster:
     """`start` brings up a head and nodes; `node` adds one; the methods below break them."""
 
-    def __init__(self, *, system_config: dict[str, int] | None = None) -> None:
+    def __init__(
+        self, *, system_config: dict[str, int] | None = None, autoscaler: str = "", node_types: dict | None = None
+    ) -> None:
+        """autoscaler: Ray's, "v1" or "v2", which starts machines of these types by itself."""
         self.folder = Path(tempfile.mkdtemp(prefix="cfray", dir="/tmp"))  # short: sockets' paths have 107 characters
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.system_config = PATIENT if system_config is None else system_config
+        self.autoscaler, self.node_types = autoscaler, node_types or {}
         self.nodes: dict[str, psutil.Process] = {}
         self._heads = 0
         self.head_processes: list[psutil.Process] = []
@@ -79,10 +85,53 @@ class RayCluster:
             [
                 *("--head", f"--port={self.port}", "--num-cpus=0", "--num-gpus=0", "--include-dashboard=false"),
                 *(f"--temp-dir={temporary}", f"--system-config={json.dumps(self.system_config)}"),
+                *self._autoscaling(),
             ],
             folder=self.folder / "head",
         )
         self.head_processes = [process for process in self.processes() if process not in before]
+
+    def _autoscaling(self) -> list[str]:
+        """What `ray up` would leave on a head: a configuration whose node provider starts raylets of this machine.
+
+        `ray.cluster_utils.AutoscalingCluster` does the same, but ends every Ray of the machine, and reads a file that
+        the wheel lacks.
+        """
+        if not self.autoscaler:
+            return []
+        config = {
+            "cluster_name": "fake",
+            "max_workers": 2,
+            "upscaling_speed": 1.0,
+            "idle_timeout_minutes": IDLE_S / 60,
+            "provider": {
+                "type": "external",
+                "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+                "gcs_address": self.address,
+                "use_node_id_as_ip": True,
+                "disable_node_updaters": True,
+                "disable_launch_config_check": True,
+                "head_node_id": FAKE_HEAD_NODE_ID,
+                "launch_multiple": True,
+            },
+            "available_node_types": {
+                **self.node_types,
+                "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
+            },
+            "head_node_type": "ray.head.default",
+            "auth": {},
+            "file_mounts": {},
+            "cluster_synced_files": [],
+            "initialization_commands": [],
+            "setup_commands": [],
+            "head_setup_commands": [],
+            "worker_setup_commands": [],
+            "head_start_ray_commands": [],
+            "worker_start_ray_commands": [],
+        }
+        path = self.folder / "autoscaling.yaml"
+        path.write_text(json.dumps(config))
+        return [f"--autoscaling-config={path}"]
 
     def start_node(self, name: str, *, gpus: int = 2, labels: str = "", ram_gb: float = 0.0) -> None:
         """Again under the same name: the machine is back, with its disk."""
@@ -112,6 +161,14 @@ class RayCluster:
             "COMFYFLEET_FIRST_SLOT": str(first_slot),
             MARK: str(self.folder),
         }
+        if self.autoscaler:
+            environment |= {
+                "RAY_FAKE_CLUSTER": "1",
+                "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+                "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+                "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+                "RAY_enable_autoscaler_v2": str(int(self.autoscaler == "v2")),
+            }
         for left in reversed(range(START_TRIES)):
             before = self.processes()
             done = subprocess.run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -22,8 +23,9 @@ class RayWorld:
     def __init__(self, folder: Path, cluster: RayCluster) -> None:
         self.cluster = cluster
         self.numbers = iter(range(1, 1_000_000))
-        self.jobs: list[str] = []
-        command = f"{sys.executable} -m comfyfleet.testing.fake_engine --job-s 0.02"
+        self.jobs: dict[str, int] = {}  # id -> the number of its picture
+        self.ledger = folder / "renders.log"
+        command = f"{sys.executable} -m comfyfleet.testing.fake_engine --job-s 0.02 --ledger {self.ledger}"
         self.plane = ControlPlane(
             folder / "control",
             arguments=["--fleet", "ray", "--ray-address", cluster.address],
@@ -64,20 +66,26 @@ class RayWorld:
 
     def submit(self, count: int = 3) -> None:
         for _ in range(count):
-            body = {"endpoint": "comfy", "input": {"workflow_json": a_graph(next(self.numbers))}}
+            number = next(self.numbers)
+            body = {"endpoint": "comfy", "input": {"workflow_json": a_graph(number)}}
             status, answer = self.plane.call("POST", "/v1/jobs", body)
             assert status == 202, answer
-            self.jobs.append(answer["id"])
+            self.jobs[answer["id"]] = number
 
-    def until_done(self) -> None:
-        """Every job accepted so far has ended well."""
+    def until_done(self) -> dict[int, dict]:
+        """Every job accepted so far has ended well; the jobs, by the number of their picture."""
 
-        def are_done() -> bool:
-            jobs = [self.plane.call("GET", f"/v1/jobs/{number}")[1] for number in self.jobs]
-            assert not [job for job in jobs if job["status"] in ("failed", "cancelled")], jobs
-            return all(job["status"] == "completed" for job in jobs)
+        def are_done() -> dict[int, dict]:
+            jobs = {number: self.plane.call("GET", f"/v1/jobs/{job_id}")[1] for job_id, number in self.jobs.items()}
+            assert not [job for job in jobs.values() if job["status"] in ("failed", "cancelled")], jobs
+            return jobs if all(job["status"] == "completed" for job in jobs.values()) else {}
 
-        until(are_done, LIMIT_S, tell=lambda: self.plane.log[-3000:])
+        return until(are_done, LIMIT_S, tell=lambda: self.plane.log[-3000:])
+
+    def renders(self) -> Counter[int]:
+        """How often each picture was saved, by any engine there ever was."""
+        saved = [line.removeprefix("saved p") for line in self.ledger.read_text().splitlines()]
+        return Counter(int(number) for number in saved if number.isdigit())
 
     def processes(self, node: str = "") -> list[psutil.Process]:
         """The workers' own processes (not their engines, not the shells over them), on one node or on all."""

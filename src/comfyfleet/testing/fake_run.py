@@ -288,6 +288,7 @@ class FakeWorker(threading.Thread):
         if counter not in self._counters:
             self._counters[counter] = len(list(folder.glob(f"{stem}_*_.{extension}")))
         self._counters[counter] += 1
+        self._mark("saved", prefix)
         filename = f"{stem}_{self._counters[counter]:05}_.{extension}"
         self._write(folder / filename, extension, values, prompt, node_id)
         ui: dict[str, Any] = {key: [{"filename": filename, "subfolder": subfolder, "type": kind}]}
@@ -308,11 +309,12 @@ class FakeWorker(threading.Thread):
         else:
             path.write_bytes(sample_media(extension))
 
-    def _mark(self, what: str, prompt_id: str) -> None:
-        """One line per life of this process, and per start and end of a render: a kill -9 leaves them behind."""
+    def _mark(self, what: str, which: str) -> None:
+        """One line per life of this process, start and end of a render (by prompt id) and file saved (by its prefix):
+        a kill -9 leaves them behind."""
         if self._ledger is not None:
             with self._ledger.open("a", encoding="utf-8") as file:
-                file.write(f"{what} {prompt_id}\n")
+                file.write(f"{what} {which}\n")
 
 
 def _without_keys(extra: dict[str, Any]) -> dict[str, Any]:

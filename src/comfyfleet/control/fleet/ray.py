@@ -24,7 +24,7 @@ from comfyfleet.control.fleet.ray_demand import Demand
 from comfyfleet.control.fleet.ray_gateway import Hello, Question
 from comfyfleet.control.fleet.ray_link import LinkDown, RayLink
 from comfyfleet.control.fleet.ray_node import WorkerPlan
-from comfyfleet.control.fleet.ray_view import Known, Look, findings
+from comfyfleet.control.fleet.ray_view import Known, Look, NodeView, findings, present_nodes
 from comfyfleet.ids import Ids
 from comfyfleet.settings.control import ControlSettings
 from comfyfleet.wire.errors import FleetError, NotFound, Unavailable
@@ -73,7 +73,8 @@ class RayFleet:
         self._owner = settings.owner
         self._demand = Demand()
         self._known: dict[int, Known] = self._remembered()
-        self._nodes: tuple[FleetNode, ...] = ()
+        self._nodes: tuple[NodeView, ...] = ()
+        self._is_lost = False  # and that was said
         self._trouble = "the Ray cluster was not asked yet"
         self._answered_at = clock.monotonic()
         self._changing: set[int] = set()
@@ -99,7 +100,7 @@ class RayFleet:
 
     async def nodes(self) -> Sequence[FleetNode]:
         await self._watching()
-        return self._nodes
+        return present_nodes(self._nodes)
 
     def events(self) -> Sequence[FleetEvent]:
         return self._events.all()
@@ -221,8 +222,8 @@ class RayFleet:
         now = self._clock.monotonic()
         if self._trouble:
             self._events.add("head.joined", f"{len(look.nodes)} machines are in the cluster")
-        self._trouble, self._answered_at = "", now
-        self._note_nodes(tuple(node.facts for node in look.nodes))
+        self._trouble, self._is_lost, self._answered_at = "", False, now
+        self._note_nodes(look.nodes)
         found = findings(look, asked)
         with self._lock:
             for number in {*found.known, *asked}:
@@ -241,10 +242,10 @@ class RayFleet:
             return
         silent_s = self._clock.monotonic() - self._answered_at
         text = f"{why}; workers that run serve on, and nothing new starts until it answers"
-        if not self._trouble and silent_s > LOOK_LIMIT_S / 2:
+        if not self._is_lost and silent_s > LOOK_LIMIT_S / 2:
+            self._is_lost = True
             self._events.add("head.lost", text)
-            self._trouble = text
-        elif self._trouble:
+        if self._is_lost or self._trouble:
             self._trouble = text
         if silent_s > GIVE_UP_S:
             self._link.restart()
@@ -267,13 +268,14 @@ class RayFleet:
             self._demand.told(self._clock.monotonic())
 
     # --- memory --------------------------------------------------------------------------------------------------
-    def _note_nodes(self, nodes: tuple[FleetNode, ...]) -> None:
-        before = {node.name: node.is_alive for node in self._nodes}
+    def _note_nodes(self, nodes: tuple[NodeView, ...]) -> None:
+        before = {node.id: node.facts.is_alive for node in self._nodes}
         for node in nodes:
-            if node.is_alive and not before.get(node.name):
-                self._events.add("node.joined", f"{node.gpus:g} GPUs {node.gpu_name}".strip(), node=node.name)
-            elif not node.is_alive and before.get(node.name):
-                self._events.add("node.lost", "Ray calls it dead", node=node.name)
+            facts = node.facts
+            if facts.is_alive and not before.get(node.id):
+                self._events.add("node.joined", f"{facts.gpus:g} GPUs {facts.gpu_name}".strip(), node=facts.name)
+            elif not facts.is_alive and before.get(node.id):
+                self._events.add("node.lost", "Ray calls it dead", node=facts.name)
         self._nodes = nodes
 
     def _note_worker(self, before: Known | None, after: Known) -> None:

@@ -91,6 +91,13 @@ def node_view(raw: Mapping[str, object], free: Mapping[str, float], *, is_heard:
     )
 
 
+def present_nodes(nodes: Sequence[NodeView]) -> tuple[FleetNode, ...]:
+    """Every machine once: Ray remembers a machine that came back as a dead one beside the one that lives."""
+    alive = {node.facts.name for node in nodes if node.facts.is_alive}
+    lost = {node.facts.name: node.facts for node in nodes if node.facts.name not in alive}
+    return (*(node.facts for node in nodes if node.facts.is_alive), *lost.values())
+
+
 def findings(look: Look, known: Mapping[int, Known]) -> Findings:
     """Every worker there is, by what is seen now and what was known before."""
     nodes = {node.id: node for node in look.nodes}
