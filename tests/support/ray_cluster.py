@@ -37,7 +37,7 @@ TIGHT = {
 PATIENT = {**TIGHT, "health_check_timeout_ms": 3000, "health_check_failure_threshold": 4}
 START_TRIES = 4
 FAKE_HEAD_NODE_ID = "f" * 51 + "00000"
-IDLE_S = 6
+IDLE_S = 3  # so long a machine is idle before Ray's autoscaler ends it
 MEMORY = "78643200"  # the least that Ray takes for its object store
 
 
@@ -214,8 +214,13 @@ class RayCluster:
         """The bundles Ray's autoscaler was asked to have room for, where it reads them: the cluster's own store."""
         from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
         from ray._raylet import GcsClient
+        from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
-        return json.loads(GcsClient(self.address).internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL, None) or b"[]")
+        store = GcsClient(self.address)
+        if self.autoscaler == "v2":
+            constraints = get_cluster_resource_state(store).cluster_resource_constraints
+            return [dict(one.request.resources_bundle) for every in constraints for one in every.resource_requests]
+        return json.loads(store.internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL, None) or b"[]")
 
     # --- breaking ------------------------------------------------------------------------------------------------
     def kill_node(self, name: str) -> None:

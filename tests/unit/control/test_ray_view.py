@@ -6,9 +6,9 @@ import msgspec
 import pytest
 
 from comfyfleet.control.fleet.base import FleetNode, FleetWorker, Presence, WorkerSpec
-from comfyfleet.control.fleet.ray_demand import REFUSED_KEPT_S, Demand, wish
+from comfyfleet.control.fleet.ray_demand import REFUSED_KEPT_S, Demand, Portion, Wish, wish
 from comfyfleet.control.fleet.ray_node import NodeWorker, Reservation, free_devices
-from comfyfleet.control.fleet.ray_view import Known, Look, NodeView, Placed, Placing, findings, node_view
+from comfyfleet.control.fleet.ray_view import Known, Look, NodeView, Placed, Placing, findings, node_view, present_nodes
 from comfyfleet.control.search import parse_search
 
 ROW = {
@@ -120,22 +120,34 @@ def spec(number: int, search: str = "") -> WorkerSpec:
 def test_the_wish_is_every_active_worker_and_every_one_that_was_refused_and_no_inactive_one():
     demand = Demand()
     assert demand.news(0.0) is None, "nothing wanted, nothing to say"
-    demand.placed(spec(1))
-    demand.refused(spec(2), 0.0)
-    demand.refused(spec(3), 0.1)
-    assert len(demand.news(1.0)) == 3
-    demand.told(1.0)
+    demand.placed(spec(1), wish(spec(1)))
+    demand.refused(spec(2), wish(spec(2)), 0.0)
+    demand.refused(spec(2), wish(spec(2)), 0.1)
+    demand.refused(spec(3), wish(spec(3)), 0.2)
+    told = demand.news(1.0)
+    assert (len(told.held), len(told.refused)) == (1, 2), "asked twice for one worker, one place"
+    demand.told(told, 1.0)
     assert demand.news(2.0) is None
 
-    demand.refused(spec(4), 15.0)
-    demand.refused(spec(5), 15.1)
-    assert demand.news(16.0) is None, "tried again: the same two, not two more"
-    demand.placed(spec(4))
-    assert demand.news(17.0) is None, "one of them has its room now, and needs it as before"
+    demand.refused(spec(4), wish(spec(4)), 9.0)
+    demand.refused(spec(5), wish(spec(5)), 9.1)
+    assert demand.news(9.5) is None, "tried again: the same two, not two more"
+    demand.placed(spec(4), wish(spec(4)))
+    told = demand.news(10.0)
+    assert (len(told.held), len(told.refused)) == (2, 1), "one of them has its room now, and needs it as before"
     demand.ended(1)
-    assert len(demand.news(18.0)) == 2
-    demand.told(18.0)
-    assert len(demand.news(15.2 + REFUSED_KEPT_S)) == 1
+    told = demand.news(10.5)
+    assert (len(told.held), len(told.refused)) == (1, 1)
+    demand.told(told, 10.5)
+    assert demand.news(9.2 + REFUSED_KEPT_S).refused == ()
+
+
+def test_what_a_worker_has_is_wished_for_on_its_machine_by_a_control_plane_that_did_not_place_it():
+    demand = Demand()
+
+    demand.holds((placed("n1", 1), placed("n2", 2, presence=Presence.STOPPED)))
+
+    assert demand.news(0.0).held == {1: Wish(bundle={"GPU": 1.0}, labels={"ray.io/node-id": "n1"})}
 
 
 def test_a_wish_is_in_rays_words():
@@ -144,11 +156,59 @@ def test_a_wish_is_in_rays_words():
             id=1,
             mtoken="",
             incarnation="",
-            search=parse_search("gpu_name=RTX_4090 gpu_ram>=24 dph_total<0.5"),
+            search=parse_search("region=eu gpu_ram>=24 dph_total<0.5"),
             gpu_ram_gb=24,
             num_gpus=2,
         )
     )
 
     assert made.bundle == {"GPU": 2, "gpu_ram_gb": 48}
-    assert made.labels == {"gpu_name": "RTX_4090"}
+    assert made.labels == {"region": "in(EU,eu)"}
+
+
+def test_a_name_is_wished_for_as_any_machine_may_spell_it_and_a_price_that_is_too_high_is_not_wished_for_again():
+    cheap, dear = (node(name) for name in ("cheap", "dear"))
+    spelled = {"gpu_name": "NVIDIA-RTX-4090", "dph_total": "0.4"}
+    seen = [
+        msgspec.structs.replace(cheap.facts, gpu_name="NVIDIA-RTX-4090", price_hour=0.4, labels=spelled),
+        msgspec.structs.replace(
+            dear.facts, gpu_name="H200", price_hour=4.0, labels={"gpu_name": "H200", "dph_total": "4.0"}
+        ),
+    ]
+
+    made = wish(spec(1, "gpu_name='rtx 4090' dph_total<=1"), seen)
+
+    assert made.labels == {
+        "gpu_name": "in(NVIDIA-RTX-4090,RTX-4090,RTX_4090,rtx-4090,rtx_4090)",
+        "dph_total": "!in(4.0)",
+    }
+
+
+def test_what_cannot_be_met_as_a_whole_is_asked_for_in_turns_so_that_each_wish_that_can_be_met_is_met():
+    wishes = [Wish(bundle={"GPU": 1.0}, labels={"gpu_name": name}) for name in ("A", "B", "MISSPELLED", "C")]
+    portion, met, is_unmet = Portion(), set(), False
+    for _ in range(20):
+        asked = portion.of(wishes, is_unmet=is_unmet)
+        names = {one.labels["gpu_name"] for one in asked}
+        is_unmet = "MISSPELLED" in names
+        met |= set() if is_unmet else names
+
+    assert met == {"A", "B", "C"}
+
+
+def test_what_can_be_met_is_asked_for_whole():
+    wishes = [Wish(bundle={"GPU": 1.0})] * 3
+    portion = Portion()
+
+    assert [list(portion.of(wishes, is_unmet=False)) for _ in range(3)] == [wishes] * 3
+    assert portion.of([], is_unmet=True) == []
+
+
+def test_a_machine_that_came_back_is_one_machine():
+    old, new = node("old", is_alive=False), node("new")
+    named = [msgspec.structs.replace(one, facts=msgspec.structs.replace(one.facts, name="a")) for one in (new, old)]
+
+    assert [(one.name, one.is_alive) for one in present_nodes([*named, node("gone", is_alive=False)])] == [
+        ("a", True),
+        ("gone", False),
+    ]

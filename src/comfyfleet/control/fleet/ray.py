@@ -20,7 +20,7 @@ import msgspec
 from comfyfleet.clock import Clock
 from comfyfleet.control.fleet.base import FleetEvent, FleetNode, FleetWorker, NoCapacity, Presence, WorkerSpec
 from comfyfleet.control.fleet.events import EventLog
-from comfyfleet.control.fleet.ray_demand import Demand
+from comfyfleet.control.fleet.ray_demand import Demand, Wish, wish
 from comfyfleet.control.fleet.ray_gateway import Hello, Question
 from comfyfleet.control.fleet.ray_link import LinkDown, RayLink
 from comfyfleet.control.fleet.ray_node import WorkerPlan
@@ -77,7 +77,6 @@ class RayFleet:
         self._is_lost = False  # and that was said
         self._trouble = "the Ray cluster was not asked yet"
         self._answered_at = clock.monotonic()
-        self._changing: set[int] = set()
         self._lock = threading.Lock()
         self._seen_once = threading.Event()
         self._closed = threading.Event()
@@ -121,7 +120,7 @@ class RayFleet:
         try:
             await self._ask(Question(number=0, op=op, spec=spec), CALL_S)
         except NoCapacity as problem:
-            self._demand.refused(spec, self._clock.monotonic())
+            self._demand.refused(spec, self._wish(spec), self._clock.monotonic())
             self._events.add("worker.no_room", problem.message, worker_id=spec.id)
             raise
         except LinkDown as problem:
@@ -131,9 +130,12 @@ class RayFleet:
             if before is None or before.incarnation != spec.incarnation:
                 seen = FleetWorker(id=spec.id, presence=Presence.RUNNING, started_at=self._clock.now())
                 self._known[spec.id] = Known(seen=seen, incarnation=spec.incarnation)
-        self._demand.placed(spec)
+        self._demand.placed(spec, self._wish(spec))
         self._events.add("worker.placed", "Ray is placing it", worker_id=spec.id)
         await self._look_now()
+
+    def _wish(self, spec: WorkerSpec) -> Wish:
+        return wish(spec, [node.facts for node in self._nodes])
 
     async def stop(self, worker_id: int, *, grace_s: float = 10.0) -> None:
         known = self._known.get(worker_id)
@@ -224,6 +226,7 @@ class RayFleet:
             self._events.add("head.joined", f"{len(look.nodes)} machines are in the cluster")
         self._trouble, self._is_lost, self._answered_at = "", False, now
         self._note_nodes(look.nodes)
+        self._demand.holds(look.placed)
         found = findings(look, asked)
         with self._lock:
             for number in {*found.known, *asked}:
@@ -257,15 +260,11 @@ class RayFleet:
         if wanted is None or self._trouble:
             return
         question = Question(
-            number=0,
-            op="demand",
-            owner=self._owner,
-            bundles=[dict(one.bundle) for one in wanted],
-            labels=[dict(one.labels) for one in wanted],
+            number=0, op="demand", owner=self._owner, held=dict(wanted.held), refused=list(wanted.refused)
         )
         with contextlib.suppress(FleetError):
             self._link.ask(question, CALL_S)
-            self._demand.told(self._clock.monotonic())
+            self._demand.told(wanted, self._clock.monotonic())
 
     # --- memory --------------------------------------------------------------------------------------------------
     def _note_nodes(self, nodes: tuple[NodeView, ...]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -19,26 +19,18 @@ from comfyfleet.clock import Clock
 from comfyfleet.control.fleet.base import NoCapacity, Presence, WorkerSpec
 from comfyfleet.control.fleet.needs import is_fit
 from comfyfleet.control.fleet.ray_actors import DemandActor, KeeperActor, WorkerActor
-from comfyfleet.control.fleet.ray_node import NodeWorker, WorkerPlan
+from comfyfleet.control.fleet.ray_demand import Wish
+from comfyfleet.control.fleet.ray_keepers import ASK_S, Keepers
+from comfyfleet.control.fleet.ray_node import WorkerPlan
 from comfyfleet.control.fleet.ray_view import RAM_RESOURCE, Look, NodeView, Placed, Placing, node_view
 
-ASK_S = 1.5
 PROBE_S = 0.3
 ROOM_WAIT_S = 3.0
 PLACE_LIMIT_S = 30.0
 ADOPT_EVERY_S = 10.0
 _POLL_S = 0.05
-
-
-class _Keeper:
-    """A machine's keeper: what it told last, and the question it has not answered yet."""
-
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
-        self.question: Any = None
-        self.workers: dict[int, NodeWorker] = {}
-        self.is_heard = False
-        self.has_answered = False  # the last time it was asked
+DEMAND_NAMESPACE = "comfyfleet-demand"  # of every fleet in the cluster
+HEAD_RESOURCE = "node:__internal_head__"
 
 
 class Cluster:
@@ -49,7 +41,7 @@ class Cluster:
         self._namespace = namespace
         self._plan = plan
         self._clock = clock
-        self._keepers: dict[str, _Keeper] = {}
+        self._keepers = Keepers(self._keeper, clock)
         self._placing: dict[int, Placing] = {}
         self._adopted_at: dict[int, float] = {}
         self._gone: set[str] = set()
@@ -71,16 +63,19 @@ class Cluster:
         with self._looking:
             rows = ray.nodes()
             free = _free_resources()
-            self._ask_keepers([row["NodeID"] for row in rows if row["Alive"] and row["Resources"].get("GPU")])
+            machines = {
+                row["NodeID"]: row["Resources"]["GPU"]
+                for row in rows
+                if row["Alive"] and row["Resources"].get("GPU") and row["NodeID"] not in self._gone
+            }
+            busy = [number for number, gpus in machines.items() if free.get(number, {}).get("GPU", 0.0) < gpus]
+            self._keepers.ask(machines, busy)
             rows = [{**row, "Alive": row["Alive"] and not self._is_gone(row)} for row in rows]
             views = [
-                node_view(row, free.get(row["NodeID"], {}), is_heard=self._is_heard(row["NodeID"])) for row in rows
+                node_view(row, free.get(row["NodeID"], {}), is_heard=self._keepers.is_heard(row["NodeID"]))
+                for row in rows
             ]
-            placed = [
-                Placed(node_id=node_id, worker=worker)
-                for node_id, keeper in self._keepers.items()
-                for worker in keeper.workers.values()
-            ]
+            placed = self._keepers.placed()
             self._adopt(placed)
             at: dict[str, list[int]] = {one.node_id: [] for one in placed}
             for one in placed:
@@ -91,14 +86,13 @@ class Cluster:
                 )
                 for view in views
             )
-            return Look(nodes=nodes, placed=tuple(placed), placing=tuple(self._placing.values()))
+            return Look(nodes=nodes, placed=placed, placing=tuple(self._placing.values()))
 
     def _is_gone(self, row: Mapping[str, Any]) -> bool:
         """Ray takes 15 s to call a machine dead. A keeper that does not answer, on a machine that refuses connections
         to its raylet's port, says so at once: that raylet is no more, and never comes back under this id."""
         number = str(row["NodeID"])
-        keeper = self._keepers.get(number)
-        if number not in self._gone and keeper is not None and not keeper.has_answered:
+        if number not in self._gone and self._keepers.is_silent(number):
             try:
                 socket.create_connection((row["NodeManagerAddress"], row["NodeManagerPort"]), PROBE_S).close()
             except ConnectionRefusedError:
@@ -106,42 +100,8 @@ class Cluster:
             except OSError:
                 return False  # unreachable may be a moment's trouble: Ray decides
         if number in self._gone:
-            self._keepers.pop(number, None)
+            self._keepers.forget(number)
         return number in self._gone
-
-    def _is_heard(self, node_id: str) -> bool:
-        keeper = self._keepers.get(node_id)
-        return keeper is not None and keeper.is_heard
-
-    def _ask_keepers(self, alive: Sequence[str]) -> None:
-        for node_id in [known for known in self._keepers if known not in alive]:
-            del self._keepers[node_id]
-        for node_id in alive:
-            if node_id in self._gone:
-                continue
-            keeper = self._keepers.setdefault(node_id, _Keeper(None))
-            if keeper.handle is None:
-                keeper.handle = self._actor(
-                    KeeperActor, f"keeper-{node_id}", node_id=node_id, max_restarts=-1, max_concurrency=8
-                )
-            if keeper.question is None:
-                keeper.question = keeper.handle.workers.remote()
-        questions = [keeper.question for keeper in self._keepers.values()]
-        if not questions:
-            return
-        ready, _ = ray.wait(questions, num_returns=len(questions), timeout=ASK_S)
-        for keeper in self._keepers.values():
-            keeper.has_answered = False
-            if keeper.question not in ready:
-                continue
-            question, keeper.question = keeper.question, None
-            try:
-                told = ray.get(question, timeout=ASK_S)
-            except ray.exceptions.RayError:
-                keeper.handle = None  # it died; the next look makes another
-            else:
-                keeper.workers = {worker.seen.id: worker for worker in told}
-                keeper.is_heard = keeper.has_answered = True
 
     def _adopt(self, placed: Sequence[Placed]) -> None:
         """Give a process that runs without a place in this cluster its place: a lost cluster or actor had it."""
@@ -158,21 +118,20 @@ class Cluster:
     # --- placing -------------------------------------------------------------------------------------------------
     def create(self, spec: WorkerSpec) -> None:
         """Begin to place a new worker; what becomes of it is seen by `look`. Raises NoCapacity."""
-        if self._holders(spec.id) or self._is_on_its_way(spec.id):
+        if self._keepers.holders(spec.id) or self._is_on_its_way(spec.id):
             return
         self._place(spec)
 
     def start(self, spec: WorkerSpec) -> None:
         """Begin to start it again, where its folder is if there is room, else elsewhere. Raises NoCapacity."""
-        holders = self._holders(spec.id)
+        holders = self._keepers.holders(spec.id)
         is_running = any(
-            keeper.workers[spec.id].seen.presence is Presence.RUNNING
-            and keeper.workers[spec.id].reservation.incarnation == spec.incarnation
-            for _, keeper in holders
+            one.worker.seen.presence is Presence.RUNNING and one.worker.reservation.incarnation == spec.incarnation
+            for one in holders
         )
         if is_running or self._is_on_its_way(spec.id):
             return
-        self._place(spec, home=holders[0][0] if holders else "")
+        self._place(spec, home=holders[0].node_id if holders else "")
 
     def _place(self, spec: WorkerSpec, home: str = "") -> None:
         fits, room = self._until_room(spec)
@@ -229,10 +188,7 @@ class Cluster:
             else:
                 node_id, worker = ray.get(launched, timeout=ASK_S)
                 with self._looking:
-                    keeper = self._keepers.get(node_id)
-                    if keeper is not None:
-                        keeper.workers[spec.id] = worker
-                        keeper.question = None  # asked before this worker was there
+                    self._keepers.noted(node_id, worker)
         except Exception as problem:  # thread boundary: whatever Ray raises is why the worker is not there
             error = f"it could not be started there: {type(problem).__name__}: {problem}".splitlines()[0]
         if error and actor is not None:
@@ -245,24 +201,23 @@ class Cluster:
     # --- ending --------------------------------------------------------------------------------------------------
     def stop(self, worker_id: int, grace_s: float) -> None:
         """End its process, then give its GPUs back; its folder stays."""
-        self._end(worker_id, lambda keeper: keeper.handle.stop.remote(worker_id, grace_s), grace_s)
+        self._end("stop", worker_id, grace_s)
 
     def destroy(self, worker_id: int, grace_s: float) -> None:
         """End it and remove its folder, wherever it has one."""
-        self._end(worker_id, lambda keeper: keeper.handle.destroy.remote(worker_id, grace_s), grace_s)
+        self._end("destroy", worker_id, grace_s)
 
     def clear(self, node_id: str, worker_id: int) -> None:
         """Remove what a worker left behind on a machine when it was started elsewhere."""
-        keeper = self._keepers.get(node_id)
-        if keeper is not None and keeper.handle is not None:
-            ray.get(keeper.handle.destroy.remote(worker_id, 1.0), timeout=20.0)
-            self._ask_again(keeper)
+        if self._keepers.is_heard(node_id):
+            self._keepers.call(node_id, "destroy", worker_id, 1.0, limit_s=20.0)
+            self.look()
 
-    def _end(self, worker_id: int, ask: Callable[[_Keeper], Any], grace_s: float) -> None:
+    def _end(self, how: str, worker_id: int, grace_s: float) -> None:
         self._until_placed(worker_id)
-        for _, keeper in self._holders(worker_id):
-            ray.get(ask(keeper), timeout=grace_s + 20.0)
-            self._ask_again(keeper)
+        for one in self._keepers.holders(worker_id):
+            self._keepers.call(one.node_id, how, worker_id, grace_s, limit_s=grace_s + 20.0)
+            self.look()
         self._end_actor(worker_id)
 
     def _until_placed(self, worker_id: int) -> None:
@@ -270,12 +225,6 @@ class Cluster:
         while self._is_on_its_way(worker_id) and self._clock.monotonic() < until:
             threading.Event().wait(_POLL_S)
         self._placing.pop(worker_id, None)
-
-    def _ask_again(self, keeper: _Keeper) -> None:
-        """What it told before is outdated."""
-        with self._looking:
-            keeper.question = None
-        self.look()
 
     def _end_actor(self, worker_id: int) -> None:
         name = f"worker-{worker_id}"
@@ -290,21 +239,24 @@ class Cluster:
             threading.Event().wait(_POLL_S)
 
     def logs(self, worker_id: int, tail: int) -> str:
+        """ "" of a worker without a folder."""
         return "".join(
-            str(ray.get(keeper.handle.logs.remote(worker_id, tail), timeout=10.0))
-            for _, keeper in self._holders(worker_id)[:1]
+            str(self._keepers.call(one.node_id, "logs", worker_id, tail, limit_s=10.0))
+            for one in self._keepers.holders(worker_id)[:1]
         )
 
-    def demand(self, owner: str, bundles: Sequence[Mapping[str, float]], labels: Sequence[Mapping[str, str]]) -> None:
-        """Tell Ray's autoscaler what this control plane wants room for, through the one actor that may."""
-        actor = self._actor(DemandActor, "demand", max_restarts=-1)
-        ray.get(actor.want.remote(owner, bundles, labels), timeout=10.0)
+    def demand(self, owner: str, held: Mapping[str, Wish], refused: Sequence[Wish]) -> None:
+        """Tell Ray's autoscaler what this control plane wants room for, through the one actor of the cluster that may.
+
+        On the head's machine: an actor elsewhere would keep that machine from being idle.
+        """
+        actor = self._actor(DemandActor, "demand", namespace=DEMAND_NAMESPACE, resources={HEAD_RESOURCE: 0.001})
+        mine = {f"{self._namespace}/{number}": wish for number, wish in held.items()}
+        ray.get(actor.want.remote(f"{self._namespace}/{owner}", mine, refused), timeout=10.0)
 
     # --- Ray -----------------------------------------------------------------------------------------------------
-    def _holders(self, worker_id: int) -> list[tuple[str, _Keeper]]:
-        """Machines that have its folder, the one where it runs first."""
-        found = [(node_id, keeper) for node_id, keeper in self._keepers.items() if worker_id in keeper.workers]
-        return sorted(found, key=lambda one: one[1].workers[worker_id].seen.presence is not Presence.RUNNING)
+    def _keeper(self, node_id: str) -> Any:
+        return self._actor(KeeperActor, f"keeper-{node_id}", node_id=node_id, max_concurrency=8)
 
     def _names(self) -> set[str]:
         return set(ray.util.list_named_actors())
@@ -313,7 +265,7 @@ class Cluster:
         if node_id:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id, soft=False)
         made = ray.remote(kind).options(
-            name=name, lifetime="detached", get_if_exists=True, num_cpus=0, **{"max_restarts": 0, **options}
+            name=name, lifetime="detached", get_if_exists=True, num_cpus=0, max_restarts=0, **options
         )
         return made.remote() if kind is DemandActor else made.remote(self._plan)
 

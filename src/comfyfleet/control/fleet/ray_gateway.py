@@ -17,6 +17,7 @@ import msgspec
 
 from comfyfleet.clock import SystemClock
 from comfyfleet.control.fleet.base import WorkerSpec
+from comfyfleet.control.fleet.ray_demand import Wish
 from comfyfleet.control.fleet.ray_node import WorkerPlan
 from comfyfleet.wire.errors import FleetError
 
@@ -42,8 +43,8 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     grace_s: float = 0.0
     tail: int = 0
     owner: str = ""
-    bundles: list[dict[str, float]] = []
-    labels: list[dict[str, str]] = []
+    held: dict[int, Wish] = {}
+    refused: list[Wish] = []
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,7 +105,7 @@ def _ask(cluster: Any, question: Question) -> object:
         "destroy": lambda: cluster.destroy(number, grace_s),
         "clear": lambda: cluster.clear(question.node_id, number),
         "logs": lambda: cluster.logs(number, question.tail),
-        "demand": lambda: cluster.demand(question.owner, question.bundles, question.labels),
+        "demand": lambda: cluster.demand(question.owner, question.held, question.refused),
     }
     return ops[question.op]()
 
