@@ -39,10 +39,15 @@ def test_checklist_26_full_and_partial_reports_are_taken_and_a_wrong_token_chang
         {"id": worker.id, "mtoken": worker.mtoken, "error_msg": "", "version": "1.1.0"},
         key="",
     )[0]
+    answers = [
+        worker.plane.call("POST", "/worker_status/", {"id": worker.id, "mtoken": worker.mtoken, **life}, key="")[1]
+        for life in ({}, {"incarnation": "i"})
+    ]
     refused = worker.report(mtoken="wrong")
     state = listed_state(plane, endpoint, worker)
 
     assert partial == 200
+    assert answers == [{"success": True}, {"success": True, "serve_for_s": 30.0}], "a lease is for who can be replaced"
     assert refused in (401, 403)
     assert state != "idle"
     assert worker.report() == 200

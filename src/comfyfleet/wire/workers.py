@@ -45,6 +45,13 @@ class WorkerStatusReport(msgspec.Struct, frozen=True, kw_only=True):
     is_flagged: str = ""  # why this worker's score is doubted, or ""
 
 
+class ReportTaken(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to a status report. serve_for_s (ours): so long after sending it the worker may begin new work."""
+
+    success: bool = True
+    serve_for_s: float = 0.0
+
+
 class FinishedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One entry of `/delete_requests/`: status is Success, Error, Rejected or Cancelled. Times: epoch s, 0 = never.
 

@@ -14,9 +14,10 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from comfyfleet.control.reports import Reports
+from comfyfleet.control.worker import SILENT_AFTER_S
 from comfyfleet.web import NOT_JSON, control_error
 from comfyfleet.wire.errors import BadRequest, FleetError
-from comfyfleet.wire.workers import FinishedRequests, WorkerStatusReport
+from comfyfleet.wire.workers import FinishedRequests, ReportTaken, WorkerStatusReport
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 
@@ -24,6 +25,9 @@ _status = msgspec.json.Decoder(WorkerStatusReport)
 _finished = msgspec.json.Decoder(FinishedRequests)
 T = TypeVar("T")
 _OK = b'{"success":true}'
+# After so long without a report nothing is routed to a worker, and later its name is another's (`checkup.ailment`). One
+# of ours takes no ticket from before either; whoever names no incarnation cannot be replaced, and hears of no lease.
+_OURS = msgspec.json.encode(ReportTaken(serve_for_s=SILENT_AFTER_S))
 
 
 class ReportApi:
@@ -40,10 +44,11 @@ class ReportApi:
 
     async def status(self, request: Request) -> Response:
         try:
-            self._reports.status(_decode(await request.body(), _status))
+            report = _decode(await request.body(), _status)
+            self._reports.status(report)
         except FleetError as error:
             return control_error(error)
-        return Response(_OK, media_type="application/json")
+        return Response(_OURS if report.incarnation else _OK, media_type="application/json")
 
     async def finished(self, request: Request) -> Response:
         try:

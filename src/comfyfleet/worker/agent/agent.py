@@ -33,6 +33,7 @@ from comfyfleet.wire.workflow import Graph, read_graph
 from comfyfleet.worker.agent.benchmark import BenchmarkFailed, BenchmarkKey, ScoreCache, graph_digest, with_random_seeds
 from comfyfleet.worker.agent.drift import DriftWatch
 from comfyfleet.worker.agent.gpu import gpu_name
+from comfyfleet.worker.agent.lease import Lease
 from comfyfleet.worker.agent.load_book import LoadBook, LoadSums
 from comfyfleet.worker.agent.measuring import Measured, measure
 from comfyfleet.worker.agent.reporter import Reporter, ReportTarget
@@ -88,6 +89,7 @@ class Agent:
         self._clock = clock
         self.startup = machine.startup
         self._book = LoadBook()
+        self._lease = Lease(clock)
         self._measured: Measured | None = None
         self._drift: DriftWatch | None = None
         self._scores = ScoreCache(folders.worker_dir / "scores.json")
@@ -121,6 +123,7 @@ class Agent:
                 book=self._book,
                 describe=self._describe,
                 on_fenced=self._on_fenced,
+                lease=self._lease,
                 session=session,
                 clock=self._clock,
             )
@@ -168,6 +171,7 @@ class Agent:
                                     url=self._settings.url,
                                     endpoint=self._settings.endpoint,
                                     incarnation=self._settings.incarnation,
+                                    lease=self._lease,
                                     clock=self._clock,
                                 )
                             )

@@ -16,7 +16,8 @@ import structlog
 
 from comfyfleet.clock import Clock
 from comfyfleet.wire.errors import Fenced
-from comfyfleet.wire.workers import FinishedRequests, WorkerStatusReport
+from comfyfleet.wire.workers import FinishedRequests, ReportTaken, WorkerStatusReport
+from comfyfleet.worker.agent.lease import Lease
 from comfyfleet.worker.agent.load_book import LoadBook, LoadSums
 
 log = structlog.get_logger()
@@ -55,6 +56,7 @@ class Reporter:
         book: LoadBook,
         describe: Callable[[LoadSums], WorkerStatusReport],
         on_fenced: Callable[[], None],
+        lease: Lease,
         session: aiohttp.ClientSession,
         clock: Clock,
     ) -> None:
@@ -63,6 +65,7 @@ class Reporter:
         self._book = book
         self._describe = describe
         self._on_fenced = on_fenced
+        self._lease = lease
         self._session = session
         self._clock = clock
         self._wake = anyio.Event()
@@ -105,16 +108,18 @@ class Reporter:
                 self._book.reported(finished)
 
     async def _post(self, path: str, body: msgspec.Struct) -> bool:
-        """True when any control plane took it; tries each address once."""
+        """True when any control plane took it; tries each address once. What it grants renews the lease."""
         encoded = msgspec.json.encode(body)
         timeout = TIMEOUT if len(self._urls) == 1 else TIMEOUT_OF_SEVERAL
         for base in self._urls:
+            sent_at = self._clock.monotonic()
             try:
                 async with self._session.post(
                     f"{base}{path}", data=encoded, headers={"Content-Type": "application/json"}, timeout=timeout
                 ) as answer:
                     if answer.status // 100 == 2:
                         self._urls = (base, *(other for other in self._urls if other != base))
+                        self._lease.renew(sent_at=sent_at, serve_for_s=_granted(await answer.read()))
                         return True
                     log.warning("report.refused", path=path, status=answer.status)
                     if answer.status == Fenced.status:
@@ -122,3 +127,11 @@ class Reporter:
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
                 log.debug("report.failed", path=path, why=str(error) or type(error).__name__)
         return False
+
+
+def _granted(answer: bytes) -> float:
+    """Seconds; 0 in the answer of a control plane that grants nothing."""
+    try:
+        return msgspec.json.decode(answer, type=ReportTaken).serve_for_s
+    except msgspec.DecodeError:
+        return 0.0

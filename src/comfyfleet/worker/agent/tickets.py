@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from comfyfleet.clock import Clock
 from comfyfleet.wire.errors import Unauthorized, Unprocessable
 from comfyfleet.wire.tickets import ALGORITHM, TicketClaims
+from comfyfleet.worker.agent.lease import Lease
 
 AUTH_FIELDS = ("cost", "endpoint", "reqnum", "request_idx", "signature", "url")
 CLOCK_SKEW_S = 5.0
@@ -33,7 +34,9 @@ class _Header(msgspec.Struct, frozen=True):
 class TicketChecker:
     """Verifies tickets for one worker. `url` is what the worker reports; `endpoint` "" accepts any endpoint."""
 
-    def __init__(self, *, public_key_pem: bytes, url: str, endpoint: str, incarnation: str, clock: Clock) -> None:
+    def __init__(
+        self, *, public_key_pem: bytes, url: str, endpoint: str, incarnation: str, lease: Lease, clock: Clock
+    ) -> None:
         key = load_pem_public_key(public_key_pem)
         if not isinstance(key, Ed25519PublicKey):
             raise ValueError("the ticket key is not an Ed25519 key")
@@ -41,13 +44,18 @@ class TicketChecker:
         self._url = url
         self._endpoint = endpoint
         self._incarnation = incarnation
+        self._lease = lease
         self._clock = clock
         self._used: set[tuple[int, int]] = set()
         self._used_until: list[tuple[float, tuple[int, int]]] = []
 
     def consume(self, auth_data: Mapping[str, Any]) -> TicketClaims:
-        """The claims of a good ticket, which is now used. Raises Unprocessable (shape) or Unauthorized (reason)."""
+        """The claims of a good ticket, which is now used.
+
+        Raises Unprocessable (shape), Unauthorized (reason), or Unavailable, which leaves the ticket unused.
+        """
         claims = self.verify(auth_data)
+        self._lease.demand()
         self._forget_expired()
         mark = (claims.request_idx, claims.reqnum)
         if mark in self._used:

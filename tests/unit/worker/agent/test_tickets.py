@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfyfleet.testing.clock import FakeClock
-from comfyfleet.wire.errors import Unauthorized, Unprocessable
+from comfyfleet.wire.errors import Unauthorized, Unavailable, Unprocessable
+from comfyfleet.worker.agent.lease import Lease
 from comfyfleet.worker.agent.tickets import TicketChecker
 
 KEY = Ed25519PrivateKey.from_private_bytes(b"7" * 32)
@@ -47,12 +48,38 @@ def auth_data(
     return {**shown, "signature": "compatible", "ticket": signed(claims, key, algorithm)}
 
 
-def a_checker(clock: FakeClock, endpoint: str = "e", incarnation: str = "") -> TicketChecker:
-    return TicketChecker(public_key_pem=PEM, url=URL, endpoint=endpoint, incarnation=incarnation, clock=clock)
+def a_checker(
+    clock: FakeClock, endpoint: str = "e", incarnation: str = "", lease: Lease | None = None
+) -> TicketChecker:
+    return TicketChecker(
+        public_key_pem=PEM,
+        url=URL,
+        endpoint=endpoint,
+        incarnation=incarnation,
+        lease=lease or Lease(clock),
+        clock=clock,
+    )
 
 
 def reason(refused: pytest.ExceptionInfo[Unauthorized]) -> str:
     return str(refused.value.details["reason"])
+
+
+@pytest.mark.anyio
+async def test_a_worker_that_cannot_report_takes_no_ticket_until_it_can_and_none_is_used_up(clock: FakeClock) -> None:
+    lease = Lease(clock)
+    checker, ticket = a_checker(clock, lease=lease), auth_data(clock)
+    lease.renew(sent_at=clock.monotonic(), serve_for_s=30.0)
+    await clock.advance(29.0)
+    checker.consume(auth_data(clock, reqnum=6))
+    await clock.advance(1.0)
+
+    with pytest.raises(Unavailable):
+        checker.consume(ticket)
+    assert checker.verify(ticket).reqnum == 5, "what was begun may be followed"
+
+    lease.renew(sent_at=clock.monotonic(), serve_for_s=30.0)
+    assert checker.consume(ticket).reqnum == 5
 
 
 def test_a_good_ticket_is_taken_once(clock: FakeClock) -> None:
