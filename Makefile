@@ -12,22 +12,22 @@ help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.run-ready: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing comfyfleet and its engine into $(VENV) (once)"
-	$(PIP) -e '.[worker,control,engine]'
+	@$(PIP) -e '.[worker,control,engine]'
 	@touch $@
 
 $(VENV)/.dev-ready: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing comfyfleet with everything its tests need into $(VENV) (once)"
-	$(PIP) -e '.[worker,control,engine,postgres,ray,test,check]'
+	@$(PIP) -e '.[worker,control,engine,postgres,ray,test,check]'
 	@touch $@ $(VENV)/.run-ready
 
 # The real `vastai` client pins much of its world, so it lives in an environment of its own.
 $(VENV)-vastai/.ready: constraints-vastai.txt
-	$(PYTHON) -m venv $(VENV)-vastai
-	$(VENV)-vastai/bin/pip install --quiet --disable-pip-version-check -c constraints-vastai.txt vastai
+	@$(PYTHON) -m venv $(VENV)-vastai
+	@$(VENV)-vastai/bin/pip install --quiet --disable-pip-version-check -c constraints-vastai.txt vastai
 	@touch $@
 
 setup: $(VENV)/.dev-ready $(VENV)-vastai/.ready  ## virtual environments with everything
@@ -50,10 +50,10 @@ soak: setup  ## the long fault hunts
 	$(BIN)/python -m pytest -m soak $(ARGS)
 
 demo: $(VENV)/.run-ready  ## the documents' two requests on this machine, end to end
-	$(BIN)/python -m comfyfleet demo $(ARGS)
+	@$(BIN)/python -m comfyfleet demo $(ARGS)
 
 up: $(VENV)/.run-ready  ## leave the whole system running on this machine
-	$(BIN)/python -m comfyfleet up $(ARGS)
+	@$(BIN)/python -m comfyfleet up $(ARGS)
 
 bench: setup  ## measure, against a bare baseline in the same run
 	$(BIN)/python -m bench $(ARGS)

@@ -14,7 +14,7 @@ from typing import Any
 
 import anyio
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from comfyfleet.wire.errors import FleetError
@@ -92,9 +92,57 @@ class OneWrite(HttpToolsProtocol):
         super().connection_made(GatheredWrites(transport, self.loop))
 
 
+class HearsOut:
+    """An app that answers at once, and lets the caller finish its body before the connection may close.
+
+    A caller who is cut off while it sends reads no answer: a refusal of a long body would look like a lost connection.
+    What comes is dropped, for `LIMIT_S`. A caller that asks first (`Expect: 100-continue`) has nothing to finish.
+    """
+
+    SHORT_BYTES = 64 * 1024  # such a body is here as soon as its head is
+    LIMIT_S = 10.0
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not self._may_be_cut_off(scope["headers"]):
+            await self._app(scope, receive, send)
+            return
+        is_whole = False
+
+        async def hear() -> Message:
+            nonlocal is_whole
+            message = await receive()
+            is_whole = not message.get("more_body", False)
+            return message
+
+        async def tell(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body", False) and not is_whole:
+                await send({**message, "more_body": True})
+                with anyio.move_on_after(self.LIMIT_S):
+                    while not is_whole:
+                        await hear()
+                message = {"type": "http.response.body"}
+            await send(message)
+
+        await self._app(scope, hear, tell)
+
+    def _may_be_cut_off(self, headers: list[tuple[bytes, bytes]]) -> bool:
+        is_long = False
+        for name, value in headers:
+            if name == b"expect":
+                return False
+            if name == b"content-length":
+                is_long = int(value) > self.SHORT_BYTES  # the parser lets digits through only
+            elif name == b"transfer-encoding":
+                is_long = True
+        return is_long
+
+
 def server_config(app: ASGIApp, **options: Any) -> uvicorn.Config:
     """What every server here has in common. No access log: its lines would carry `?api_key=`."""
-    return uvicorn.Config(app, http=OneWrite, lifespan="off", log_config=None, access_log=False, **options)
+    return uvicorn.Config(HearsOut(app), http=OneWrite, lifespan="off", log_config=None, access_log=False, **options)
 
 
 def bind(host: str, port: int) -> socket.socket:

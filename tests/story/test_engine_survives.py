@@ -6,6 +6,8 @@ import base64
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -217,3 +219,19 @@ async def test_a_stopped_server_leaves_no_process_and_no_half_written_file(tmp_p
     await until_gone(child)
 
     assert not list((tmp_path / "output").glob("*.webm"))
+
+
+def test_an_engine_that_cannot_start_ends_and_its_last_line_says_why(tmp_path: Path) -> None:
+    folders = [f"--{name}-dir={tmp_path / name}" for name in ("models", "miniatures", "input", "output", "temp")]
+
+    ended = subprocess.run(
+        [sys.executable, "-m", "comfyfleet", "engine", "--port", "0", "--device", "cuda:0", *folders],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("cuda:0 cannot be used by torch ")

@@ -1,4 +1,4 @@
-"""What a server writes in one turn of the event loop leaves together, in order, and never piles up."""
+"""What a server writes in one turn leaves together, and whoever is refused in the middle of a body reads why."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import asyncio
 
 import anyio
 import pytest
+from starlette.responses import PlainTextResponse
 
-from comfyfleet.listening import GatheredWrites
+from comfyfleet.listening import GatheredWrites, bind, serve
 
 pytestmark = pytest.mark.anyio
 
@@ -74,3 +75,25 @@ async def test_much_leaves_at_once_so_that_a_slow_reader_is_felt(wire, writes):
     await anyio.wait_all_tasks_blocked()
 
     assert b"".join(wire.left) == b"head," + bytes(GatheredWrites.MOST_BYTES) + b"tail"
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 16000000", "Transfer-Encoding: chunked"])
+async def test_who_is_refused_in_the_middle_of_a_long_body_may_finish_it_and_reads_why(framing):
+    async def app(scope, receive, send):
+        await PlainTextResponse("too long", 413)(scope, receive, send)  # without one look at the body
+
+    body = bytes(16_000_000) if "Length" in framing else b"f42400\r\n" + bytes(16_000_000) + b"\r\n0\r\n\r\n"
+    answer = b""
+    with bind("127.0.0.1", 0) as listener:
+        async with anyio.create_task_group() as group:
+            group.start_soon(serve, app, listener)
+            async with await anyio.connect_tcp(*listener.getsockname()) as stream:
+                await stream.send(
+                    f"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{framing}\r\n\r\n".encode() + body
+                )
+                async for piece in stream:
+                    answer += piece
+            group.cancel_scope.cancel()
+
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert answer.endswith(b"too long")

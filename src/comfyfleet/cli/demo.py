@@ -26,7 +26,7 @@ import click
 
 from comfyfleet.cli.demo_checks import film_faults, probe_film, probe_song, song_faults
 from comfyfleet.cli.lifeline import LIFELINE_VARIABLE
-from comfyfleet.cli.values import PORT
+from comfyfleet.cli.values import PORT, show_again
 from comfyfleet.client import Endpoint, Serverless
 from comfyfleet.wire.errors import Unavailable
 
@@ -207,7 +207,7 @@ class ProgressLine:
         percentage = int(float(snapshot.get("percentage") or 0.0))
         text = f"  {percentage:3d} %  {snapshot.get('message') or snapshot.get('status') or ''}"
         if sys.stdout.isatty():
-            click.echo(f"\r{text[:100]:<100}", nl=False)
+            show_again(text)
         elif percentage // 10 != self._shown:
             click.echo(text)
         self._shown = percentage // 10

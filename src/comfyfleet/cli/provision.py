@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,6 +119,7 @@ async def _provision(provisioner: Provisioner, template: Template, dry_run: bool
 async def _show(provisioner: Provisioner) -> None:
     """On a terminal bars that are redrawn, else a line now and then."""
     is_terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be drawn over
     drawn = 0
     while True:
         await provisioner.clock.sleep(0.5 if is_terminal else _SHOW_EVERY_S)
@@ -126,7 +128,7 @@ async def _show(provisioner: Provisioner) -> None:
             click.echo(line)
             continue
         bars = provisioner.progress.bars()
-        click.echo(f"\x1b[{drawn}A" if drawn else "", nl=False)
+        click.echo(f"\x1b[{drawn}A\x1b[J" if drawn else "", nl=False)
         for text in (*bars, line):
-            click.echo(f"\x1b[2K{text}")
+            click.echo(text[:width])
         drawn = len(bars) + 1

@@ -10,10 +10,11 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
+from comfyfleet.cli.values import known_device, show_again
 from comfyfleet.engine.events import Event, NodeProgress, NodeReused, NodeShown, NodeStarted, RunOutcome, Ui
 from comfyfleet.engine.graph import PromptRefused
 from comfyfleet.engine.miniatures import ensure
@@ -28,14 +29,19 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 @click.command()
-@click.argument("workflow", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--models-dir", type=FOLDER, help="Model folders; the data directory's by default.")
-@click.option("--output-dir", type=FOLDER, default=Path("output"), show_default=True)
+@click.argument("workflow", type=click.File("rb"))
+@click.option(
+    "--models-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Model folders; the data directory's by default.",
+)
+@click.option("--output-dir", type=FOLDER, default=Path("output"), show_default=True, help="Where Save nodes write.")
 @click.option("--input-dir", type=FOLDER, help="Where LoadImage and its kin look; beside the workflow by default.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda:0.")
-def command(workflow: Path, models_dir: Path | None, output_dir: Path, input_dir: Path | None, device: str) -> None:
-    """Execute a workflow in the embedded engine, with no servers."""
-    graph = roll_dice(read_graph(workflow.read_bytes(), field=workflow.name), SystemIds())
+@click.option("--device", callback=known_device, default="cpu", show_default=True, help="cpu or cuda:0.")
+def command(workflow: BinaryIO, models_dir: Path | None, output_dir: Path, input_dir: Path | None, device: str) -> None:
+    """Execute a workflow (a file in API format; - is standard input) in the embedded engine, with no servers."""
+    path = Path(workflow.name)
+    graph = roll_dice(read_graph(workflow.read(), field=path.name), SystemIds())
     data_dir = default_data_dir(os.environ)
     miniatures_dir = data_dir / "miniatures"
     ensure(miniatures_dir)
@@ -43,7 +49,7 @@ def command(workflow: Path, models_dir: Path | None, output_dir: Path, input_dir
         folders = RenderSettings(
             models_dir=str((models_dir or data_dir / "models").resolve()),
             miniatures_dir=str(miniatures_dir.resolve()),
-            input_dir=str((input_dir or workflow.parent).resolve()),
+            input_dir=str((input_dir or path.parent).resolve()),
             output_dir=str(output_dir.resolve()),
             temp_dir=temporary,
             device=device,
@@ -81,7 +87,7 @@ class NodeBar:
         if self._on_terminal:
             filled = round(24 * share)
             bar = f"[{'█' * filled}{'·' * (24 - filled)}] {share:4.0%}"
-            click.echo(f"\r{self._line(node, bar):<90}", nl=False, err=True)
+            show_again(self._line(node, bar), err=True)
 
     def _line(self, node: str, bar: str) -> str:
         return f"{self._started:3d}/{len(self._graph)}  {self._graph[node]['class_type']:<28} {bar}"

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import TextIO
 
 import psutil
+import structlog
 
 from comfyfleet.settings.machine import OWNER_VARIABLE
 from comfyfleet.wire.errors import FleetError
+
+log = structlog.get_logger()
 
 
 class AlreadyRunning(FleetError):
@@ -76,7 +79,10 @@ def end_processes(processes: list[psutil.Process], *, grace_s: float) -> int:
 
 
 def write_client_file(data_dir: Path, *, url: str, api_key: str, link: Path | None) -> Path:
-    """Write client.toml (mode 0600) and link it for this user; a file of the user's own is never replaced."""
+    """Write client.toml (mode 0600) and link it for this user; a file of the user's own is never replaced.
+
+    Where the link cannot be made (a home that is read-only, or none) the file itself has to do.
+    """
     path = data_dir / "client.toml"
     staging = path.with_suffix(".part")
     staging.unlink(missing_ok=True)
@@ -85,7 +91,10 @@ def write_client_file(data_dir: Path, *, url: str, api_key: str, link: Path | No
         file.write(f'api_key = "{api_key}"\n')
     staging.replace(path)
     if link is not None and (link.is_symlink() or not link.exists()):
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(path.resolve())
+        try:
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.resolve())
+        except OSError as problem:
+            log.warning("client_file.not_linked", link=str(link), reason=problem.strerror)
     return path

@@ -103,7 +103,7 @@ def _output_nodes(
                     "node_id": node_id,
                     "class_type": class_type,
                     "hint": HINT,
-                    "nearest": nearest(class_type, declarations),
+                    "nearest": nearest(class_type, declarations, cutoff=0.6),
                 },
             )
         if declaration.is_output and (targets is None or node_id in targets):

@@ -136,11 +136,11 @@ def _check_list(name: str, declared: Input, value: Any, folders: Folders) -> dic
     )
 
 
-def nearest(value: Any, names: Iterable[Any]) -> str | None:
+def nearest(value: Any, names: Iterable[Any], *, cutoff: float = 0.4) -> str | None:
     """The existing name most like the one asked for, or None where nothing comes close."""
     if not isinstance(value, str):
         return None
-    found = difflib.get_close_matches(value, [name for name in names if isinstance(name, str)], n=1, cutoff=0.4)
+    found = difflib.get_close_matches(value, [name for name in names if isinstance(name, str)], n=1, cutoff=cutoff)
     return found[0] if found else None
 
 

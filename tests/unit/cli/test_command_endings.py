@@ -9,7 +9,8 @@ from click.testing import CliRunner
 
 from comfyfleet.cli import main
 from comfyfleet.cli.main import command
-from comfyfleet.cli.up_installation import AlreadyRunning, held_lock, say_where
+from comfyfleet.cli.up_installation import AlreadyRunning, held_lock, say_where, write_client_file
+from comfyfleet.cli.values import show_again
 from comfyfleet.listening import CannotListen, bind
 from comfyfleet.wire.errors import FleetError
 
@@ -70,6 +71,7 @@ def test_a_taken_port_a_foreign_address_and_no_host_name_are_refused_with_the_re
         ("control", "--public-url", "nonsense"),
         ("control", "--port", "0", "--tls-cert", __file__, "--tls-key", __file__),
         ("db", "--database", "nonsense", "check"),
+        ("engine", "--device", "gpu"),
         ("env", "set", "=value", "--url", "http://127.0.0.1:1", "--api-key", "x"),
     ],
 )
@@ -96,3 +98,21 @@ def test_a_database_that_is_away_is_one_line_without_its_password(tmp_path) -> N
     assert result.exit_code == 1
     assert "Connection refused" in result.output
     assert "swordfish" not in result.output
+
+
+def test_a_home_that_takes_no_link_does_not_keep_the_system_from_starting(tmp_path) -> None:
+    (tmp_path / "home").write_text("no folder")
+
+    written = write_client_file(tmp_path, url="http://127.0.0.1:1", api_key="k", link=tmp_path / "home" / "client.toml")
+
+    assert 'url = "http://127.0.0.1:1"' in written.read_text()
+
+
+def test_a_line_that_is_drawn_again_fits_a_narrow_terminal(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+
+    show_again("a" * 50)
+    show_again("b")
+
+    first, second = capsys.readouterr().out.split("\r")[1:]
+    assert (first, second) == ("a" * 19, "b".ljust(19))

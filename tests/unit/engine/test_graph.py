@@ -237,6 +237,12 @@ def test_an_unknown_node_comes_with_the_way_to_a_real_comfyui_and_the_nearest_na
     assert "COMFYUI_API_BASE" in refused.error["extra_info"]["hint"]
 
 
+def test_a_node_like_no_other_comes_with_no_name(tmp_path: Path) -> None:
+    refused = refuse({"1": node("Nope"), "2": save(["1", 0])}, tmp_path)
+
+    assert refused.error["extra_info"]["nearest"] is None
+
+
 def test_a_missing_model_file_comes_with_the_nearest_name(tmp_path: Path) -> None:
     folder = tmp_path / "models" / "vae"
     folder.mkdir(parents=True)

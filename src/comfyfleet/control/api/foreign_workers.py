@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from comfyfleet.control.api.calling import read_body
 from comfyfleet.control.auth import MANAGE, READ
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.fleet.base import FleetProvider
@@ -62,7 +63,7 @@ class ForeignWorkerApi:
         try:
             principal = self._keys.principal(bearer_key(request))
             try:
-                body = msgspec.json.decode(await request.body(), type=RegisterBody)
+                body = msgspec.json.decode(await read_body(request), type=RegisterBody)
             except NOT_JSON as error:
                 raise BadRequest(str(error)) from error
             endpoint = self._catalog.endpoint_named(body.endpoint, principal.user_id)

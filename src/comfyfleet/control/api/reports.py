@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from comfyfleet.control.api.calling import read_body
 from comfyfleet.control.reports import Reports
 from comfyfleet.control.worker import SILENT_AFTER_S
 from comfyfleet.web import NOT_JSON, control_error
@@ -44,7 +45,7 @@ class ReportApi:
 
     async def status(self, request: Request) -> Response:
         try:
-            report = _decode(await request.body(), _status)
+            report = _decode(await read_body(request, MAX_BODY_BYTES), _status)
             self._reports.status(report)
         except FleetError as error:
             return control_error(error)
@@ -52,15 +53,13 @@ class ReportApi:
 
     async def finished(self, request: Request) -> Response:
         try:
-            self._reports.finished(_decode(await request.body(), _finished))
+            self._reports.finished(_decode(await read_body(request, MAX_BODY_BYTES), _finished))
         except FleetError as error:
             return control_error(error)
         return Response(_OK, media_type="application/json")
 
 
 def _decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
-    if len(body) > MAX_BODY_BYTES:
-        raise BadRequest(f"the body is over {MAX_BODY_BYTES} bytes")
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:

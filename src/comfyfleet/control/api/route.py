@@ -17,6 +17,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from comfyfleet.clock import Clock
+from comfyfleet.control.api.calling import read_body
 from comfyfleet.control.auth import ROUTE
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.desk import Desk
@@ -26,7 +27,7 @@ from comfyfleet.control.placements import Placed, TakeRequest
 from comfyfleet.control.tickets import Tickets
 from comfyfleet.ids import Ids
 from comfyfleet.web import NOT_JSON, bearer_key, control_error
-from comfyfleet.wire.errors import BadRequest, FleetError, Forbidden, NotFound
+from comfyfleet.wire.errors import BadRequest, FleetError, Forbidden, NotFound, PayloadTooLarge
 from comfyfleet.wire.routing import RouteRequest, RouteWaiting
 
 log = structlog.get_logger()
@@ -81,8 +82,10 @@ class RouteApi:
     async def route(self, request: Request) -> Response:
         wanted = None
         try:
-            wanted = parse_route_request(await request.body())
+            wanted = parse_route_request(await read_body(request, MAX_BODY_BYTES))
             taken = self.admit(wanted, request)
+        except PayloadTooLarge as error:
+            return control_error(BadRequest(error.message))
         except FleetError as error:
             # Inside the four statuses: what else a key's owner could be told is a Forbidden here.
             return control_error(error if error.status in (400, 401, 403) else Forbidden(error.message))
@@ -155,8 +158,6 @@ class RouteApi:
 
 def parse_route_request(body: bytes) -> RouteRequest:
     """The body, checked. Raises BadRequest naming the field."""
-    if len(body) > MAX_BODY_BYTES:
-        raise BadRequest(f"the body is over {MAX_BODY_BYTES} bytes")
     try:
         wanted = _decoder.decode(body)
     except msgspec.ValidationError as error:

@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import msgspec
 
@@ -40,7 +40,7 @@ import torch  # noqa: E402
 from comfyfleet.clock import SystemClock  # noqa: E402
 from comfyfleet.engine.executor import Executor, Job  # noqa: E402
 from comfyfleet.engine.miniatures import ensure as ensure_miniatures  # noqa: E402
-from comfyfleet.engine.render.machine import devices, make_executor  # noqa: E402
+from comfyfleet.engine.render.machine import DeviceUnusable, devices, make_executor  # noqa: E402
 from comfyfleet.ids import SystemIds  # noqa: E402
 
 
@@ -108,9 +108,14 @@ def main() -> None:
     os.dup2(2, 1)
     channel = Channel(sys.stdin.buffer, protocol_out)
     threading.Thread(target=channel.read_commands, name="commands", daemon=True).start()
-    ensure_miniatures(settings.miniatures_dir)
     clock = SystemClock()
-    executor = make_executor(settings, settings.folders(clock, SystemIds()), clock)
+    try:
+        ensure_miniatures(settings.miniatures_dir)
+        executor = make_executor(settings, settings.folders(clock, SystemIds()), clock)
+    except DeviceUnusable as unusable:
+        _end(unusable.message)
+    except Exception:
+        _end(traceback.format_exc())
     # What was loaded by now lives as long as the process: keep it out of every later collection, which would otherwise
     # walk torch's half a million objects and hold a prompt up for some tenths of a second.
     gc.collect()
@@ -124,6 +129,12 @@ def main() -> None:
         Ready(declarations=declarations, devices=devices(settings.device), torch_version=str(torch.__version__))
     )
     serve(channel, executor, settings.device)
+
+
+def _end(reason: str) -> NoReturn:
+    """What cannot start says why, last of all, and ends: the thread that waits for commands would hold an exit up."""
+    print(reason.rstrip(), file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _serve_or_end(channel: Channel, executor: Executor, device: str) -> None:

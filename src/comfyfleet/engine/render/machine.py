@@ -15,15 +15,28 @@ from comfyfleet.engine.models.compiling import BACKEND
 from comfyfleet.engine.nodes import all_nodes
 from comfyfleet.engine.render.messages import Device
 from comfyfleet.engine.render.setup import RenderSettings
+from comfyfleet.wire.errors import Unprocessable
 
 MODEL_SHARE = 0.85  # of a device's memory; the rest is for activations
 
 
+class DeviceUnusable(Unprocessable):
+    """This machine's torch cannot compute there."""
+
+    code = "device_unusable"
+
+
 def make_executor(settings: RenderSettings, folders: EngineFolders, clock: Clock) -> Executor:
-    """Call once, on the thread that will render: gradients are off for it. Makes missing miniatures first."""
+    """Call once, on the thread that will render: gradients are off for it. Makes missing miniatures first.
+
+    Raises DeviceUnusable.
+    """
     torch.set_grad_enabled(False)
+    try:
+        total = devices(settings.device)[0].vram_total
+    except (AssertionError, RuntimeError) as problem:  # torch's words for: built without CUDA, no such GPU, no driver
+        raise DeviceUnusable(f"{settings.device} cannot be used by torch {torch.__version__}: {problem}") from problem
     ensure(settings.miniatures_dir)
-    total = devices(settings.device)[0].vram_total
     return Executor(
         registry=all_nodes(),
         folders=folders,

@@ -7,7 +7,7 @@ refused there, as ComfyUI does. Bound anywhere else the engine has no protection
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from urllib.parse import urlsplit
 
 import anyio
@@ -29,15 +29,19 @@ from comfyfleet.ids import Ids
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
-def build(settings: RenderSettings, clock: Clock, ids: Ids) -> Starlette:
-    """The app; its lifespan runs the engine and ends its render process."""
+def build(settings: RenderSettings, clock: Clock, ids: Ids, give_up: Callable[[], None]) -> Starlette:
+    """The app; its lifespan runs the engine and ends its render process. `give_up` is called when none can start."""
+
+    async def run(engine: Engine) -> None:
+        await engine.run()
+        give_up()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         engine = app.state.engine = Engine(settings, clock, ids)
         engine.folders.sweep()
         async with anyio.create_task_group() as loops:
-            loops.start_soon(engine.run, name="engine")
+            loops.start_soon(run, engine, name="engine")
             yield
             loops.cancel_scope.cancel()
 

@@ -56,13 +56,15 @@ class Engine:
     # The loop
 
     async def run(self) -> None:
-        """For ever: keep a render process, give it prompts."""
+        """Keep a render process, give it prompts. Returns only where no process can start, which it has said itself."""
         pause_s = RESTART_PAUSE_S
         while True:
             try:
                 async with started(self.settings) as child:
                     await self._serve(child)
             except RenderLost as lost:
+                if not self.ready.is_set() and lost.ended_by_itself:
+                    return
                 log.error("render.lost", reason=lost.reason, exit_code=lost.exit_code)
             except Exception:
                 log.exception("engine.loop_failed")
