@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import sys
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
@@ -29,6 +28,7 @@ from comfyfleet.control.records import Endpoint
 from comfyfleet.control.store.store import open_sqlite
 from comfyfleet.control.worker import Worker
 from comfyfleet.ids import SystemIds
+from comfyfleet.listening import bind, serve
 from comfyfleet.wire.routing import RouteRequest
 from comfyfleet.wire.workers import WorkerStatusReport
 
@@ -50,7 +50,7 @@ def bare() -> Starlette:
     return Starlette(routes=[Route("/route/", route, methods=["POST"])])
 
 
-def ours(folder: Path, endpoints: int, workers: int) -> HotPaths:
+async def ours(port: int, folder: Path, endpoints: int, workers: int) -> None:
     """The plane, with workers that have just reported ready; worker n has the token `t<n>`."""
     clock = SystemClock()
     catalog = Catalog(
@@ -81,22 +81,22 @@ def ours(folder: Path, endpoints: int, workers: int) -> HotPaths:
         )
     plane.workers.take_changes()
 
-    @asynccontextmanager
-    async def lifespan(_app):
-        await plane.load()
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(plane.run)
-            yield
-            tasks.cancel_scope.cancel()
-
-    return HotPaths(Starlette(routes=plane.routes(), lifespan=lifespan), posts(plane.routes()))
+    gc.freeze()
+    await plane.load()
+    app = HotPaths(Starlette(routes=plane.routes()), posts(plane.routes()))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(plane.run)
+        await serve(app, bind("127.0.0.1", port))
 
 
 if __name__ == "__main__":
     logs.configure(level="error")
     kind, port, folder, endpoints, workers = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:6])
-    # As `control.app.serve` does.
-    sys.setswitchinterval(0.0005)
-    app = bare() if kind == "bare" else ours(folder, endpoints, workers)
-    gc.freeze()
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error", access_log=False, loop="uvloop", http="httptools")
+    if kind == "bare":
+        gc.freeze()
+        uvicorn.run(
+            bare(), host="127.0.0.1", port=port, log_level="error", access_log=False, loop="uvloop", http="httptools"
+        )
+    else:
+        sys.setswitchinterval(0.0005)  # as `control.app.serve` does
+        anyio.run(ours, port, folder, endpoints, workers, backend_options={"use_uvloop": True})
