@@ -11,11 +11,11 @@ import click
 
 from comfyfleet import logs
 from comfyfleet.clock import SystemClock
+from comfyfleet.gpu import gpu_name
 from comfyfleet.provision.template import find_template
 from comfyfleet.wire.errors import BadRequest
 from comfyfleet.wire.workflow import Graph, read_graph
 from comfyfleet.worker.agent.benchmark import BenchmarkFailed, BenchmarkKey, ScoreCache, graph_digest, with_random_seeds
-from comfyfleet.worker.agent.gpu import gpu_name
 from comfyfleet.worker.agent.measuring import Measured, measure
 
 

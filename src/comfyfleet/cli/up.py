@@ -24,10 +24,10 @@ from comfyfleet.cli.up_installation import end_processes, held_lock, owned_proce
 from comfyfleet.cli.up_supervisor import ControlPlaneSupervisor, become_subreaper, listen
 from comfyfleet.cli.values import PORT
 from comfyfleet.client import Serverless
+from comfyfleet.gpu import gpu_facts
 from comfyfleet.settings.client import config_file
 from comfyfleet.settings.machine import OWNER_VARIABLE, default_data_dir
 from comfyfleet.wire.errors import FleetError, NotFound, Unavailable
-from comfyfleet.worker.agent.gpu import gpu_facts
 
 ENDPOINT = "comfyui-json"
 START_LIMIT_S = 30.0

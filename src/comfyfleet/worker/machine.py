@@ -13,6 +13,7 @@ import anyio
 import anyio.to_thread
 
 from comfyfleet.clock import Clock
+from comfyfleet.gpu import GpuFacts, gpu_facts
 from comfyfleet.ids import Ids
 from comfyfleet.provision.clean import Rule
 from comfyfleet.provision.progress import Progress
@@ -22,7 +23,6 @@ from comfyfleet.provision.transfer import TransferLimits
 from comfyfleet.settings.provision import ProvisionSettings
 from comfyfleet.settings.worker import WorkerSettings
 from comfyfleet.wire.errors import BadRequest, NotFound
-from comfyfleet.worker.agent.gpu import GpuFacts, gpu_facts
 from comfyfleet.worker.agent.startup import Startup
 from comfyfleet.worker.engines.pool import EngineSlot, EngineState
 from comfyfleet.worker.housekeeping import CleanedFolders, Housekeeping

@@ -20,6 +20,7 @@ import structlog
 
 from comfyfleet.clock import Clock
 from comfyfleet.fetching.fetcher import GuardedFetcher
+from comfyfleet.gpu import gpu_name
 from comfyfleet.ids import Ids
 from comfyfleet.listening import CannotListen, bind, serve
 from comfyfleet.provision.template import find_template
@@ -32,7 +33,6 @@ from comfyfleet.wire.workers import WorkerStatusReport
 from comfyfleet.wire.workflow import Graph, read_graph
 from comfyfleet.worker.agent.benchmark import BenchmarkFailed, BenchmarkKey, ScoreCache, graph_digest, with_random_seeds
 from comfyfleet.worker.agent.drift import DriftWatch
-from comfyfleet.worker.agent.gpu import gpu_name
 from comfyfleet.worker.agent.lease import Lease
 from comfyfleet.worker.agent.load_book import LoadBook, LoadSums
 from comfyfleet.worker.agent.measuring import Measured, measure

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from comfyfleet.worker.agent.gpu import GpuFacts
+from comfyfleet.gpu import GpuFacts
 from comfyfleet.worker.agent.startup import Startup
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from comfyfleet.gpu import gpu_facts
 from comfyfleet.provision.comfyui import interpreter
 from comfyfleet.settings.worker import EngineSettings, FolderSettings
 from comfyfleet.worker.engines.supervisor import Launch
@@ -98,12 +99,4 @@ def _gpus_of(env: Mapping[str, str]) -> tuple[str, ...]:
     visible = env.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return tuple(part.strip() for part in visible.split(",") if part.strip() and part.strip() != "-1")
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        count = pynvml.nvmlDeviceGetCount()
-        pynvml.nvmlShutdown()
-    except Exception:  # no driver, no library, no GPU: NVML has an exception of its own for each
-        return ()
-    return tuple(str(index) for index in range(count))
+    return tuple(str(card.index) for card in gpu_facts())

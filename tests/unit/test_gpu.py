@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfyfleet.worker.agent.gpu import throttling_of
+from comfyfleet.gpu import throttling_of
 
 
 def test_reasons_that_hold_clocks_down_have_names():

@@ -1,12 +1,12 @@
-"""The graphics cards of this worker by NVML where there is one. A machine without is a worker too: "cpu"."""
+"""The graphics cards of this machine by NVML where there is one. A machine without is a worker too: "cpu"."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import msgspec
-import pynvml
 
 # NVML's bits for why clocks are held down, by the names that users know from nvidia-smi.
 _REASONS = (
@@ -42,11 +42,15 @@ def gpu_name() -> str:
 
 
 def gpu_facts() -> list[GpuFacts]:
-    """Every card; [] where there is no driver. Blocking, a few milliseconds."""
+    """Every card; [] where there is no driver, or not the wheel that asks it. Blocking, a few milliseconds."""
+    try:
+        import pynvml
+    except ImportError:
+        return []
     try:
         pynvml.nvmlInit()
         driver = _text(pynvml.nvmlSystemGetDriverVersion())
-        return [_card(index, driver) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [_card(pynvml, index, driver) for index in range(pynvml.nvmlDeviceGetCount())]
     except pynvml.NVMLError:
         return []
 
@@ -56,30 +60,30 @@ def throttling_of(mask: int) -> tuple[str, ...]:
     return tuple(name for bit, name in _REASONS if mask & bit)
 
 
-def _card(index: int, driver: str) -> GpuFacts:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory = _asked(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
+def _card(nvml: ModuleType, index: int, driver: str) -> GpuFacts:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+
+    def asked(question: Callable[..., Any], *words: Any) -> Any:
+        """The answer, or None: many cards lack one figure or another."""
+        try:
+            return question(handle, *words)
+        except nvml.NVMLError:
+            return None
+
+    memory = asked(nvml.nvmlDeviceGetMemoryInfo)
     return GpuFacts(
         index=index,
-        name=_text(pynvml.nvmlDeviceGetName(handle)),
+        name=_text(nvml.nvmlDeviceGetName(handle)),
         driver=driver,
         memory_total_bytes=int(memory.total) if memory else 0,
         memory_used_bytes=int(memory.used) if memory else 0,
-        temperature_c=int(_asked(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)) or 0),
-        sm_clock_mhz=int(_asked(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)) or 0),
-        sm_clock_max_mhz=int(_asked(lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)) or 0),
-        memory_clock_mhz=int(_asked(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)) or 0),
-        power_w=round((_asked(lambda: pynvml.nvmlDeviceGetPowerUsage(handle)) or 0) / 1000.0, 1),
-        throttling=throttling_of(int(_asked(lambda: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)) or 0)),
+        temperature_c=int(asked(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU) or 0),
+        sm_clock_mhz=int(asked(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM) or 0),
+        sm_clock_max_mhz=int(asked(nvml.nvmlDeviceGetMaxClockInfo, nvml.NVML_CLOCK_SM) or 0),
+        memory_clock_mhz=int(asked(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_MEM) or 0),
+        power_w=round((asked(nvml.nvmlDeviceGetPowerUsage) or 0) / 1000.0, 1),
+        throttling=throttling_of(int(asked(nvml.nvmlDeviceGetCurrentClocksThrottleReasons) or 0)),
     )
-
-
-def _asked(question: Callable[[], Any]) -> Any:
-    """The answer, or None: many cards lack one figure or another."""
-    try:
-        return question()
-    except pynvml.NVMLError:
-        return None
 
 
 def _text(value: str | bytes) -> str:
