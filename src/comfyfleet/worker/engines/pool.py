@@ -70,6 +70,11 @@ class EngineSlot:
             left += max(0.0, booking.predicted_s - elapsed)
         return left
 
+    @property
+    def takes_work(self) -> bool:
+        """It is ready, and nobody asked for its end: one that is to be restarted may hear of it a moment later."""
+        return self.state is EngineState.READY and self.restart_kind is None
+
     def want_restart(self, kind: FaultKind) -> None:
         """Ask the supervisor for a new process (or, for a foreign engine, to stay away until a canary passes)."""
         if self.restart_kind is None:
@@ -105,7 +110,7 @@ class EnginePool:
 
     @property
     def ready(self) -> list[EngineSlot]:
-        return [slot for slot in self.slots if slot.state is EngineState.READY]
+        return [slot for slot in self.slots if slot.takes_work]
 
     async def until_told(self) -> None:
         """Wait for the first engine to say what its nodes take; or for all hope to be gone."""
