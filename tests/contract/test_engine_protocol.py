@@ -153,12 +153,13 @@ async def test_a_reconnect_is_told_the_node_that_runs_and_then_the_rest(
     await second.socket.close()
 
 
-async def test_features_are_agreed_once_and_by_the_first_message_that_parses(
+async def test_features_are_agreed_once_and_by_the_first_object_that_parses(
     engine: RunningEngine, session: aiohttp.ClientSession, colors: Iterator[int]
 ) -> None:
     talk = Talk(engine, session, "features")
     talk.socket = await session.ws_connect(f"{engine.url}/ws?clientId=features")
-    await talk.socket.send_str("hello, not JSON")
+    for no_object in ("hello, not JSON", "[]", "5"):
+        await talk.socket.send_str(no_object)
     await talk.socket.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
     await talk.socket.send_json({"type": "feature_flags", "data": {}})
 
@@ -249,7 +250,7 @@ async def test_an_interrupt_stops_only_the_prompt_it_names(client: Talk, colors:
     assert entry["status"]["messages"][-1][0] == "execution_interrupted"
 
 
-async def test_an_interrupt_without_a_body_stops_what_runs_and_the_next_one_is_not_hit(
+async def test_an_interrupt_that_names_no_prompt_stops_what_runs_and_the_next_one_is_not_hit(
     client: Talk, colors: Iterator[int]
 ) -> None:
     assert await client.post("/interrupt") == (200, "")
@@ -257,7 +258,7 @@ async def test_an_interrupt_without_a_body_stops_what_runs_and_the_next_one_is_n
 
     _, running = await client.submit(slow_picture(next(colors)))
     await client.until("executing", node="10")
-    await client.post("/interrupt")
+    assert await client.post("/interrupt", b"{ cannot be read") == (200, "")
     assert (await client.finish(running["prompt_id"]))["status"]["status_str"] == "error"
 
     assert (await client.run(picture(next(colors))))["status"]["completed"]

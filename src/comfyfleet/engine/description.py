@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfyfleet.engine.inputs import input_config, options_of
+from comfyfleet.engine.inputs import input_config
 from comfyfleet.engine.registry import Declaration, Folders, Input
 
 _EXTRAS = {
@@ -76,16 +76,10 @@ def object_info(declaration: Declaration, folders: Folders) -> dict[str, Any]:
 
 
 def _plainly(declared: Input, folders: Folders) -> list[Any]:
-    if declared.kind == "*":
-        return ["*", dict(declared.details)]
-    kind, *facts = input_config(declared, folders)
-    return [kind, *(fact for fact in facts if fact)]
+    kind, facts = input_config(declared, folders)
+    return [kind, facts] if facts or kind == "*" else [kind]
 
 
 def _by_schema(declared: Input, folders: Folders) -> list[Any]:
-    _, facts = (*input_config(declared, folders), {})[:2]
-    if declared.kind == "STRING":
-        facts = {"multiline": False, **facts}
-    if declared.options is not None:
-        facts = {"multiselect": False, "options": options_of(declared, folders), **facts}
-    return [declared.kind, facts]
+    kind, facts = input_config(declared, folders, by_schema=True)
+    return [kind, {"multiline": False, **facts} if kind == "STRING" else facts]

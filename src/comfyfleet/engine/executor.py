@@ -101,7 +101,6 @@ class _Run:
         self._emit = emit
         self._is_stopped = is_stopped
         self._executed: list[str] = []
-        self._done: list[str] = []  # nodes whose result is known, from the cache or from this run
         self._values: dict[str, tuple[Any, ...]] = {}  # their outputs, for as long as a node waits for them
         self._shown: dict[str, events.Ui] = {}
         self._sources = {
@@ -226,7 +225,6 @@ class _Run:
 
     def _keep(self, node_id: str, result: Result) -> None:
         self._values[node_id] = result.outputs
-        self._done.append(node_id)
         if result.ui is not None:
             self._shown[node_id] = result.ui
 
@@ -301,7 +299,7 @@ class _Run:
             exception_type=kind,
             traceback=traceback.format_tb(error.__traceback__),
             current_inputs={name: [shown_value(value)] for name, value in inputs.items()},
-            current_outputs=list(self._done),
+            current_outputs=list(self._job.graph),  # every node, whatever has run: as ComfyUI has it
             timestamp_ms=self._owner.now_ms(),
         )
 

@@ -11,8 +11,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from comfyfleet.engine.description import BY_SCHEMA
 from comfyfleet.engine.inputs import check_constant, complaint, input_config, nearest
-from comfyfleet.engine.registry import Declaration, Folders, Input
+from comfyfleet.engine.registry import Declaration, Folders
 from comfyfleet.wire.workflow import unfit_value
 
 MAX_DEPTH = 450  # of a node; ComfyUI lives at 400 and its worker dies near 900
@@ -85,15 +86,15 @@ def _output_nodes(
         raise PromptRefused("invalid_prompt", f"Cannot execute {len(prompt)} nodes, the limit is {MAX_NODES}.")
     outputs = []
     for node_id, node in prompt.items():
-        class_type = node.get("class_type") if isinstance(node, dict) else None
         where = f"Node ID '#{node_id}'"
-        if not isinstance(class_type, str):
+        if not isinstance(node, dict) or "class_type" not in node:
             raise PromptRefused(
                 "invalid_prompt", "Cannot execute because a node is missing the class_type property.", where
             )
         if reason := unfit_value(node, MAX_DEPTH):
             raise PromptRefused("invalid_prompt", f"Cannot execute because a node is {reason}.", where)
-        declaration = declarations.get(class_type)
+        class_type = node["class_type"]
+        declaration = declarations.get(class_type) if isinstance(class_type, str) else None
         if declaration is None:
             raise PromptRefused(
                 "invalid_prompt",
@@ -131,7 +132,7 @@ class _Checker:
         self._declarations = declarations
         self._folders = folders
         self._dependents: dict[str, list[str]] = {}
-        self._entered_by: dict[str, tuple[Input, str, list[Any]]] = {}  # the link by which a node was reached first
+        self._entered_by: dict[str, tuple[str, str, list[Any]]] = {}  # (node, input, link) that reached a node first
         self.problems: dict[str, list[dict[str, Any]]] = {}
         self.is_good: dict[str, bool] = {}
         self.cycle_details = ""
@@ -152,7 +153,7 @@ class _Checker:
                 self._refuse_cycle(source)
                 continue
             if source not in self.is_good:
-                self._entered_by[source] = (self._declaration_of(node_id).inputs[name], name, link)
+                self._entered_by[source] = (node_id, name, link)
                 on_path[source] = self._sources(source)
         reached = self._upstream(output)
         for node_id in reached:
@@ -188,9 +189,6 @@ class _Checker:
         ]
         self.is_good[node_id] = False
 
-    def _declaration_of(self, node_id: str) -> Declaration:
-        return self._declarations[self._prompt[node_id]["class_type"]]
-
     def _check_node(self, node_id: str) -> None:
         node = self._prompt[node_id]
         try:
@@ -218,7 +216,7 @@ class _Checker:
                 continue
             value = inputs[name]
             if isinstance(value, list):
-                problem = self._check_link(name, value, declaration)
+                problem = self._check_link(name, value, node["class_type"])
                 if problem is not None:
                     problems.append(problem)
                 elif not self.is_good.get(value[0], False):
@@ -231,20 +229,18 @@ class _Checker:
                 inputs[name] = converted
         return problems, sources_good
 
-    def _check_link(self, name: str, link: list[Any], declaration: Declaration) -> dict[str, Any] | None:
-        declared = declaration.inputs[name]
+    def _check_link(self, name: str, link: list[Any], class_type: str) -> dict[str, Any] | None:
+        declared = self._declarations[class_type].inputs[name]
         if len(link) != 2:
             return complaint(
                 "bad_linked_input",
                 "Bad linked input, must be a length-2 list of [node_id, slot_index]",
                 name,
-                {
-                    "input_name": name,
-                    "input_config": input_config(declared, self._folders),
-                    "received_value": link,
-                },
+                {"input_name": name, "input_config": self._config(class_type, name), "received_value": link},
             )
         source, index = link
+        if isinstance(source, list | dict):
+            raise _BadLink("TypeError", f"unhashable type: '{type(source).__name__}'")
         if not isinstance(source, str) or source not in self._prompt:
             raise _BadLink("KeyError", repr(source))
         given = self._declarations[self._prompt[source]["class_type"]].outputs
@@ -255,13 +251,14 @@ class _Checker:
         received = given[index]
         if received == declared.kind or "*" in (received, declared.kind):
             return None
+        config = self._config(class_type, name)
         return complaint(
             "return_type_mismatch",
             "Return type mismatch between linked nodes",
-            f"{name}, received_type({received}) mismatch input_type({declared.kind})",
+            f"{name}, received_type({received}) mismatch input_type({config[0]})",
             {
                 "input_name": name,
-                "input_config": input_config(declared, self._folders),
+                "input_config": config,
                 "received_type": received,
                 "linked_node": link,
             },
@@ -271,19 +268,23 @@ class _Checker:
         facts: dict[str, Any] = {"exception_type": bad.exception_type, "traceback": []}
         if node_id not in self._entered_by:
             return complaint("exception_during_validation", "Exception when validating node", bad.details, facts)
-        declared, name, link = self._entered_by[node_id]
+        entering, name, link = self._entered_by[node_id]
         return complaint(
             "exception_during_inner_validation",
             "Exception when validating inner node",
             bad.details,
             {
                 "input_name": name,
-                "input_config": input_config(declared, self._folders),
+                "input_config": self._config(self._prompt[entering]["class_type"], name),
                 "exception_message": bad.details,
                 **facts,
                 "linked_node": link,
             },
         )
+
+    def _config(self, class_type: str, name: str) -> list[Any]:
+        declared = self._declarations[class_type].inputs[name]
+        return input_config(declared, self._folders, by_schema=class_type in BY_SCHEMA)
 
     def node_errors(self, outputs: list[str]) -> dict[str, Any]:
         return {

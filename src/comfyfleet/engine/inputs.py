@@ -33,8 +33,11 @@ def options_of(declared: Input, folders: Folders) -> list[Any]:
             return list(listed)
 
 
-def input_config(declared: Input, folders: Folders) -> list[Any]:
-    """ComfyUI's description of an input: `[kind or options, {default, min, max, …}]`."""
+def input_config(declared: Input, folders: Folders, *, by_schema: bool = False) -> list[Any]:
+    """ComfyUI's description of an input: `[kind or options, {default, min, max, …}]`.
+
+    Of a node declared by schema, a list is a "COMBO" and its options are among the facts.
+    """
     facts: dict[str, Any] = {}
     if declared.default is not None:
         facts["default"] = declared.default
@@ -43,8 +46,10 @@ def input_config(declared: Input, folders: Folders) -> list[Any]:
     if declared.maximum is not None:
         facts["max"] = declared.maximum
     facts.update(declared.details)
-    kind: Any = options_of(declared, folders) if declared.options is not None else declared.kind
-    return [kind, facts] if facts or declared.options is not None else [kind]
+    if declared.options is None:
+        return [declared.kind, facts]
+    options = options_of(declared, folders)
+    return [declared.kind, {**facts, "multiselect": False, "options": options}] if by_schema else [options, facts]
 
 
 # What a graph may hold as a value in place; all else comes by a link.

@@ -11,6 +11,7 @@ A trivial job takes 4 ms, which is what a real ComfyUI takes for one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -180,8 +181,10 @@ class FakeEngine:
         return web.Response()
 
     async def _interrupt(self, request: web.Request) -> web.Response:
-        body = await request.read()
-        self.worker.interrupt(_decode(body).get("prompt_id") if body else None)
+        prompt_id = None
+        with contextlib.suppress(msgspec.DecodeError):
+            prompt_id = _decode(await request.read()).get("prompt_id")
+        self.worker.interrupt(prompt_id)
         return web.Response()
 
     async def _free(self, request: web.Request) -> web.Response:
@@ -227,12 +230,14 @@ class FakeEngine:
 
 
 async def _agree_features(socket: web.WebSocketResponse, text: str) -> bool:
-    """The first message that parses may name features; True when it did parse."""
+    """The first object that parses may name features; True when this was one."""
     try:
         message = _decode(text)
     except msgspec.DecodeError:
         return False
-    if isinstance(message, dict) and message.get("type") == "feature_flags":
+    if not isinstance(message, dict):
+        return False
+    if message.get("type") == "feature_flags":
         await socket.send_json({"type": "feature_flags", "data": FEATURES})
     return True
 

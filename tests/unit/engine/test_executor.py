@@ -156,6 +156,7 @@ def test_a_failure_names_its_node_and_input_and_good_branches_keep_theirs(world:
     assert failure.exception_message == "7 is no good\n"
     assert failure.current_inputs == {"value": [7]}
     assert "1" in failure.executed
+    assert failure.current_outputs == ["1", "2", "3", "4", "5"]
     assert world.told()[-1] == "RunFailed"
     world.run({"1": node("Number", value=7), "2": node("Show", value=["1", 0])})
     assert world.ran() == ["2"]

@@ -194,10 +194,13 @@ def test_whatever_comes_is_shown_as_text(world: EngineWorld) -> None:
             "2": node("PreviewAny", source=["1", 0]),
             "3": node("Gradient", frames=1, height=1, width=1),
             "4": node("PreviewAny", source=["3", 0]),
+            "5": node("PrimitiveBoolean", value="yes"),
+            "6": node("PreviewAny", source=["5", 0]),
         }
     )
 
     assert outcome.outputs["2"] == {"text": ["64"]}
+    assert outcome.outputs["6"] == {"text": ["True"]}
     assert outcome.outputs["4"]["text"][0].startswith("tensor(")
 
 

@@ -45,9 +45,9 @@ for _name, (_display_name, _kind, _declared) in PRIMITIVES.items():
     is_output=True,
 )
 def preview_any(run: NodeRun, *, source: Any) -> Shown:
-    """Whatever comes, as text."""
-    if isinstance(source, str):
-        return Shown(ui={"text": [source]})
+    """Whatever comes, as text: a plain value as Python writes it, a structure as JSON where it has one."""
+    if isinstance(source, str | int | float):
+        return Shown(ui={"text": [str(source)]})
     try:
         return Shown(ui={"text": [json.dumps(source)]})
     except TypeError:

@@ -11,11 +11,12 @@ from typing import Any
 
 import anyio.to_thread
 from PIL import Image
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Route
+from starlette.staticfiles import NotModifiedResponse
 
 from comfyfleet.engine.folders import MODEL_FOLDERS, FolderPaths, read_metadata
 from comfyfleet.engine.server.answers import MAX_BODY_BYTES, TooLarge, bad_request, empty, json_answer
@@ -25,7 +26,7 @@ KINDS = ("input", "output", "temp")
 # A browser must not run what an engine wrote or a stranger uploaded.
 ACTIVE_TYPES = {"text/html", "text/html-sandboxed", "application/xhtml+xml", "text/javascript", "text/css"}
 PREVIEW_FORMATS = {"webp": "WEBP", "jpeg": "JPEG"}
-DEFAULT_PREVIEW_QUALITY = 90
+DEFAULT_PREVIEW_QUALITY, MAX_QUALITY = 90, 100
 
 
 class OutsideFolder(Exception):
@@ -57,30 +58,45 @@ async def get_view(request: Request) -> Response:
     if not path.is_file():
         return empty(404)
     disposition = f'filename="{path.name}"'
-    if "preview" in query or query.get("channel", "rgba") != "rgba":
+    preview, channel = query.get("preview"), query.get("channel", "")
+    if preview is not None or channel in ("rgb", "a"):
         try:
-            body, media_type = await anyio.to_thread.run_sync(
-                _redrawn, path, query.get("preview", ""), query.get("channel", "rgba")
-            )
-        except OSError as error:
-            return bad_request("This file cannot be drawn as a picture.", str(type(error).__name__))
+            body, media_type = await anyio.to_thread.run_sync(_redrawn, path, preview, channel)
+        except (OSError, ValueError) as error:
+            return bad_request("This file cannot be drawn as a picture.", f"{type(error).__name__}: {error}")
         return Response(body, media_type=media_type, headers={"Content-Disposition": disposition})
     media_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     if media_type in ACTIVE_TYPES:
         media_type = "application/octet-stream"
-    return FileResponse(path, media_type=media_type, headers={"Content-Disposition": disposition})
+    whole = FileResponse(
+        path, media_type=media_type, headers={"Content-Disposition": disposition}, stat_result=path.stat()
+    )
+    return NotModifiedResponse(whole.headers) if _is_held(request.headers, whole.headers) else whole
 
 
-def _redrawn(path: Path, preview: str, channel: str) -> tuple[bytes, str]:
-    """The picture as a preview ("webp;75", "jpeg"), or one of its parts as PNG. Raises OSError for other files."""
+def _is_held(asked: Headers, told: Headers) -> bool:
+    """True when the asker has this very file: by its entity tag, or, giving none, by its date (RFC 9110, 13.1)."""
+    tags = asked.get("if-none-match")
+    if tags is not None:
+        return any(tag.strip().removeprefix("W/") in (told["etag"], "*") for tag in tags.split(","))
+    return asked.get("if-modified-since") == told["last-modified"]
+
+
+def _redrawn(path: Path, preview: str | None, channel: str) -> tuple[bytes, str]:
+    """The picture as a preview ("webp;75", "jpeg"), or one of its parts as PNG.
+
+    Raises OSError for other files, ValueError for a quality over 100.
+    """
     buffer = io.BytesIO()
     with Image.open(path) as picture:
-        if preview:
+        if preview is not None:
             form, _, quality = preview.partition(";")
             if form not in PREVIEW_FORMATS or ("a" in picture.getbands() and channel == "rgb"):
                 form = "webp"
             drawn = picture.convert("RGB") if form == "jpeg" or channel == "rgb" else picture.copy()
             level = int(quality) if quality.isdigit() else DEFAULT_PREVIEW_QUALITY
+            if level > MAX_QUALITY:
+                raise ValueError(f"a quality is at most {MAX_QUALITY}, not {level}")
             drawn.save(buffer, format=PREVIEW_FORMATS[form], quality=level)
             return buffer.getvalue(), f"image/{form}"
         if channel == "rgb":

@@ -59,7 +59,7 @@ async def _write(socket: WebSocket, outbox: Outbox) -> None:
 
 
 async def _hear(socket: WebSocket, outbox: Outbox) -> None:
-    """Only the first message that can be parsed may announce features; everything else means nothing."""
+    """Only the first object that can be parsed may announce features; everything else means nothing."""
     is_first = True
     while True:
         received = await socket.receive()
@@ -69,7 +69,9 @@ async def _hear(socket: WebSocket, outbox: Outbox) -> None:
             given = msgspec.json.decode(received.get("text") or received.get("bytes") or b"")
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             continue
-        if is_first and isinstance(given, dict) and given.get("type") == "feature_flags":
+        if not isinstance(given, dict):
+            continue
+        if is_first and given.get("type") == "feature_flags":
             features = given.get("data")
             outbox.features = features if isinstance(features, dict) else {}
             outbox.put("feature_flags", message("feature_flags", FEATURES))

@@ -5,6 +5,7 @@ Each is parse, call, answer; the engine does the work. Files are in `files`, the
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -17,6 +18,7 @@ from starlette.routing import BaseRoute, Route
 
 from comfyfleet.engine.description import object_info
 from comfyfleet.engine.folders import MODEL_FOLDERS
+from comfyfleet.engine.graph import PromptRefused
 from comfyfleet.engine.server.answers import MAX_BODY_BYTES, bad_request, empty, json_answer, read_json
 from comfyfleet.engine.server.engine import Engine
 from comfyfleet.engine.server.page import page
@@ -100,9 +102,9 @@ async def post_history(request: Request) -> Response:
 
 
 async def post_interrupt(request: Request) -> Response:
-    body = await request.body()
+    """A body that names no prompt, or cannot be read, stops what runs: in ComfyUI nothing keeps an interrupt out."""
     prompt_id = None
-    if body.strip():
+    with contextlib.suppress(PromptRefused):
         given = await read_json(request)
         prompt_id = given.get("prompt_id") if isinstance(given, dict) else None
     await engine_of(request).interrupt(str(prompt_id) if prompt_id else None)
