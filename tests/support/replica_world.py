@@ -165,13 +165,15 @@ class ReplicaWorld:
 
     # --- what is true in the end ---------------------------------------------------------------------------------
     def settled_jobs(self, limit_s: float = 90.0) -> dict[str, dict[str, Any]]:
-        """Every job there is, once all have ended."""
-        until = time.monotonic() + limit_s
+        """Every job there is, once all have ended. limit_s: how long none may end, however many there are."""
+        until, fewest = time.monotonic() + limit_s, sys.maxsize
         while True:
             jobs = self._every_job()
             open_jobs = [job for job in jobs.values() if job["status"] not in ("completed", "failed", "cancelled")]
             if not open_jobs:
                 return jobs
+            if len(open_jobs) < fewest:
+                until, fewest = time.monotonic() + limit_s, len(open_jobs)
             assert time.monotonic() < until, f"{open_jobs[:3]}\n{self.logs()}"
             time.sleep(0.2)
 

@@ -92,6 +92,10 @@ class Meters:
         changed, self._unsaved = self._unsaved, set()
         return [self._meters[endpoint_id].row(endpoint_id) for endpoint_id in changed if endpoint_id in self._meters]
 
+    def unsaved(self, rows: Iterable[DemandRow]) -> None:
+        """What `take_changes` gave could not be stored: give it again."""
+        self._unsaved |= {row.id for row in rows}
+
     def load(self, rows: Iterable[DemandRow]) -> None:
         """What an earlier control plane measured."""
         for row in rows:

@@ -85,7 +85,6 @@ class Dispatcher:
         self._ownership = ownership
         self._resync_every_s = RESYNC_SHARED_S if ownership.is_shared else RESYNC_EVERY_S
         self._begun: set[int] = set()  # endpoints that are newly ours: what is leased there has lost its holder
-        self._scopes: dict[str, tuple[int, anyio.CancelScope]] = {}
         self._store = store
         self._catalog = catalog
         self._desk = desk
@@ -100,7 +99,7 @@ class Dispatcher:
         self._ended = ended
         self._lost_after_s = lost_after_s
         self._in_line: dict[int, _InLine] = {}
-        self._held: set[str] = set()
+        self._held: dict[str, tuple[int, anyio.CancelScope]] = {}  # lease token -> (endpoint, its run)
         self._is_stale = False
         self._synced_at = 0.0
 
@@ -150,7 +149,7 @@ class Dispatcher:
         """The endpoint is another's: leave its jobs where they are; their leases are followed from there."""
         self._begun.discard(endpoint_id)
         self._leave_line(endpoint_id)
-        for of, scope in list(self._scopes.values()):
+        for of, scope in list(self._held.values()):
             if of == endpoint_id:
                 scope.cancel()
 
@@ -231,21 +230,20 @@ class Dispatcher:
             self._desk.release(standing.ticket.request_idx)
 
     async def _start(self, head: JobHead, placed: Placed, runs: anyio.abc.TaskGroup) -> None:
-        self._feed.cancel_event(head.id)
+        cancelled = self._feed.cancel_event(head.id)
         try:
             job = await self._leased(head, placed)
         except (Fenced, NotOwner):
             self._desk.release(placed.answer.request_idx)
-            self._feed.done(head.id)
+            self._feed.done(head.id, cancelled)
             raise
         self._backlog.remove(head.endpoint_id, head.scope, head.cost)
         if job is None:  # cancelled in between
             self._desk.release(placed.answer.request_idx)
-            self._feed.done(head.id)
+            self._feed.done(head.id, cancelled)
             return
         self._feed.news(job.id)
-        self._held.add(job.id)
-        runs.start_soon(self._run, job, placed.answer, name=f"job {job.id}")
+        self._hold(job, placed.answer, cancelled, runs)
 
     async def _leased(self, head: JobHead, placed: Placed) -> Job | None:
         """The lease, however long the database is away meanwhile; None: somebody else has the job, or it is over."""
@@ -277,27 +275,39 @@ class Dispatcher:
     async def _take_over(self, runs: anyio.abc.TaskGroup, jobs: Iterable[Job]) -> None:
         """Become the holder of leases whose control plane is gone; the workers go on meanwhile."""
         for listed in jobs:
-            if listed.id in self._held or not self._ownership.owns(listed.endpoint_id):
+            if listed.lease_token in self._tokens() or not self._ownership.owns(listed.endpoint_id):
                 continue
             # A cancel since the list was read is in what is read now; a later one is heard.
-            self._feed.cancel_event(listed.id)
-            job = await self._store.job(listed.id) or listed
+            cancelled = self._feed.cancel_event(listed.id)
+            job = await self._store.job(listed.id)
+            if job is None or job.lease_token != listed.lease_token:
+                self._feed.done(listed.id, cancelled)
+                continue
             token, expires_at = self._ids.token(), self._clock.now() + LEASE_S
             old_token, fence = job.lease_token or "", self._ownership.fence(job.endpoint_id)
             if not await self._store.take_over(
                 job.id, old_token=old_token, token=token, expires_at=expires_at, fence=fence
             ):
-                self._feed.done(job.id)
+                self._feed.done(job.id, cancelled)
                 continue
             mine = msgspec.structs.replace(job, lease_token=token, lease_expires=expires_at)
             log.info("lease.taken_over", job=job.id, worker=job.worker_id)
-            self._held.add(job.id)
-            runs.start_soon(self._run, mine, None, name=f"job {job.id}")
+            self._hold(mine, None, cancelled, runs)
 
     def _is_abandoned(self, job: Job) -> bool:
-        return is_abandoned(job, frozenset(self._held), self._clock.now())
+        return is_abandoned(job, self._tokens(), self._clock.now())
 
-    async def _run(self, job: Job, ticket: RouteReady | None) -> None:
+    def _tokens(self) -> set[str]:
+        """Of the leases that we hold and follow; a run that was told to let go is only tidying up."""
+        return {token for token, (_, scope) in self._held.items() if not scope.cancel_called}
+
+    def _hold(self, job: Job, ticket: RouteReady | None, cancelled: anyio.Event, runs: anyio.abc.TaskGroup) -> None:
+        """Run a job whose lease is ours from now on."""
+        scope = anyio.CancelScope()
+        self._held[job.lease_token or ""] = (job.endpoint_id, scope)
+        runs.start_soon(self._run, job, ticket, cancelled, scope, name=f"job {job.id}")
+
+    async def _run(self, job: Job, ticket: RouteReady | None, cancelled: anyio.Event, scope: anyio.CancelScope) -> None:
         run = JobRun(
             job,
             store=self._store,
@@ -307,13 +317,13 @@ class Dispatcher:
             vault=self._vault,
             clock=self._clock,
             ticket_for=self._ticket_for,
+            cancelled=cancelled,
             lost_after_s=self._lost_after_s,
             owns=lambda: self._ownership.owns(job.endpoint_id),
         )
         outcome = RunOutcome(job=job, status=None, reason="another control plane follows it from here")
         try:
-            with anyio.CancelScope() as scope:
-                self._scopes[job.id] = (job.endpoint_id, scope)
+            with scope:
                 outcome = await run.run(ticket)
             if scope.cancelled_caught:
                 return
@@ -321,9 +331,8 @@ class Dispatcher:
             log.exception("job.run_failed", job=job.id)
             return
         finally:
-            self._held.discard(job.id)
-            self._scopes.pop(job.id, None)
-            self._feed.done(job.id)
+            del self._held[job.lease_token or ""]
+            self._feed.done(job.id, cancelled)
             if job.request_idx is not None:
                 self._desk.release(job.request_idx)
         if outcome.status is None:

@@ -42,7 +42,6 @@ from comfyfleet.settings.outreach import FetchSettings, WebhookSettings
 from comfyfleet.settings.storage import S3Settings
 from comfyfleet.webhooks.deliver import Webhooks
 from comfyfleet.webhooks.outbox import Outbox
-from comfyfleet.wire.jobs import JobStatus
 
 
 class DurablePlane:
@@ -168,12 +167,12 @@ class DurablePlane:
         """This plane's wall time."""
         return self._clock.now()
 
-    def cancelled(self, before: Job) -> None:
+    def cancelled(self, job: Job, *, has_waited: bool) -> None:
         """A caller cancelled a job: its run, its followers, its webhook and the autoscaler want to know."""
-        if before.status is JobStatus.QUEUED:
-            self.backlog.remove(before.endpoint_id, before.scope, before.cost)
-        self.feed.cancel(before.id)
-        self.feed.news(before.id)
+        if has_waited:
+            self.backlog.remove(job.endpoint_id, job.scope, job.cost)
+        self.feed.cancel(job.id)
+        self.feed.news(job.id)
         self._ended()
 
     def _heard(self, news: News) -> None:

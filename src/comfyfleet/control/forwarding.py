@@ -112,12 +112,13 @@ class Forwarding:
                 await self._refreshed()
             return await self._app(scope, receive, send)
         body, rest = await _read(receive)
+        seen = self._mirror.version
         if rest is not None:  # too large for anybody: the app says so
             return await self._app(scope, rest, send)
         asked = Asked(scope=scope, body=body)
         try:
             endpoint_id = await rule.find(asked)
-            if endpoint_id is None and await self._refreshed():
+            if endpoint_id is None and await self._refreshed(seen):
                 endpoint_id = await rule.find(asked)
         except ConnectionLost:
             endpoint_id = None
@@ -138,15 +139,16 @@ class Forwarding:
             send,
         )
 
-    async def _refreshed(self) -> bool:
+    async def _refreshed(self, seen: int | None = None) -> bool:
         try:
-            return await self._mirror.refresh()
+            return await self._mirror.refresh(seen)
         except ConnectionLost:
             return False
 
     async def _answer_here(self, scope: MutableMapping[str, Any], body: bytes, send: Send) -> None:
         """By the app; a "no such key", "no such endpoint" of its is said only after a look at the database."""
         doubted: list[Message] = []
+        seen = self._mirror.version
 
         async def send_or_doubt(message: Message) -> None:
             if doubted or (message["type"] == "http.response.start" and message["status"] in _LOOK_FIRST):
@@ -156,7 +158,7 @@ class Forwarding:
 
         await self._app(scope, _replayed(body), send_or_doubt)
         if doubted:
-            if await self._refreshed():
+            if await self._refreshed(seen):
                 return await self._app(scope, _replayed(body), send)
             for message in doubted:
                 await send(message)

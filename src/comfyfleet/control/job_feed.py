@@ -46,12 +46,14 @@ class JobFeed:
             event.set()
 
     def cancel_event(self, job_id: str) -> anyio.Event:
-        """For the one run of a job; taken before the lease, so that no cancel falls in between. `done` ends it."""
-        return self._cancels.setdefault(job_id, anyio.Event())
+        """For the run of a job; taken before the lease, so that no cancel falls in between. `done` ends it."""
+        event = self._cancels[job_id] = anyio.Event()
+        return event
 
-    def done(self, job_id: str) -> None:
-        """The run has ended."""
-        self._cancels.pop(job_id, None)
+    def done(self, job_id: str, cancelled: anyio.Event) -> None:
+        """The run that took this event has ended; the next run of the job may have begun."""
+        if self._cancels.get(job_id) is cancelled:
+            del self._cancels[job_id]
         self.news(job_id)
 
 

@@ -23,6 +23,7 @@ from comfyfleet.control.leases import GIVEN_BACK_S, LEASE_S, LOST_AFTER_S, RENEW
 from comfyfleet.control.store.base import Store
 from comfyfleet.control.store.connection import ConnectionLost
 from comfyfleet.control.worker_calls import (
+    Alive,
     Ended,
     News,
     OnlySynchronous,
@@ -73,10 +74,14 @@ class JobRun:
         vault: Vault,
         clock: Clock,
         ticket_for: Callable[[Job], RouteReady | None],
+        cancelled: anyio.Event,
         lost_after_s: float = LOST_AFTER_S,
         owns: Callable[[], bool] = lambda: True,
     ) -> None:
-        """owns: whether this control plane may act for the job's endpoint now; where not, the run holds still."""
+        """cancelled: fires when the caller wants the job no more.
+
+        owns: whether this control plane may act for the job's endpoint now; where not, the run holds still.
+        """
         assert job.lease_token is not None  # noqa: S101 - a run exists for a leased job only
         self._job = job
         self._token = job.lease_token
@@ -87,10 +92,11 @@ class JobRun:
         self._vault = vault
         self._clock = clock
         self._ticket_for = ticket_for
+        self._cancelled = cancelled
         self._lost_after_s = lost_after_s
         self._owns = owns
         self._is_cancel_asked = bool(job.cancel_requested)
-        self._heard_at = clock.now()
+        self._silent_since: float | None = None  # its worker did not answer then, nor since
         self._told_at = 0.0
         self._began_at = 0.0
         self._is_synchronous = False
@@ -113,7 +119,7 @@ class JobRun:
                     while not self._owns():
                         await self._clock.sleep(_RECONNECT_S)
                     started = await self._calls.start(ticket, self._payload())
-                    self._heard_at = self._clock.now()
+                    self._silent_since = None
                     if isinstance(started, OnlySynchronous):
                         started = await self._wait_for(ticket)
                 if isinstance(started, Ended):
@@ -186,7 +192,9 @@ class JobRun:
         if ticket is None:
             raise Unreachable("the worker is not known any more")
         async for heard in self._calls.follow(ticket, self._job.id):
-            self._heard_at = self._clock.now()
+            self._silent_since = None
+            if isinstance(heard, Alive):
+                continue
             if isinstance(heard, News):
                 await self._progress(heard)
             elif isinstance(heard, Ended):
@@ -235,9 +243,11 @@ class JobRun:
             return None  # what we know of the worker may be old
         if self._is_cancel_asked:
             return await self._finish(JobStatus.CANCELLED, None, None)
-        worker_id = self._job.worker_id or 0
-        silence = Silence(since=self._heard_at, lost_after_s=self._lost_after_s)
-        decided = fate(self._job, worker_id, self._workers.get(worker_id), silence, self._clock.now())
+        worker_id, now = self._job.worker_id or 0, self._clock.now()
+        # From the first call that failed: a worker that had nothing to say for long is asked again before it is lost.
+        self._silent_since = now if self._silent_since is None else self._silent_since
+        silence = Silence(since=self._silent_since, lost_after_s=self._lost_after_s)
+        decided = fate(self._job, worker_id, self._workers.get(worker_id), silence, now)
         if decided is Fate.WAIT:
             return None
         log.warning("lease.lost", job=self._job.id, worker=worker_id, why=why, next=str(decided))
@@ -318,12 +328,12 @@ class JobRun:
             except ConnectionLost:
                 continue
             if job is not None and job.cancel_requested:
-                self._feed.cancel(self._job.id)
+                self._cancelled.set()
 
     async def _hear_cancel(self) -> None:
         """Pass a cancel on to the worker; its answer comes by the stream we follow."""
         if not self._is_cancel_asked:
-            await self._feed.cancel_event(self._job.id).wait()
+            await self._cancelled.wait()
             self._is_cancel_asked = True
         while True:
             ticket = self._ticket_for(self._job)

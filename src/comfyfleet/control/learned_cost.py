@@ -65,6 +65,12 @@ class LearnedCost:
         ]
         return changed, [_id(key) for key in keys if key not in self._seen]
 
+    def unsaved(self, row_ids: Iterable[str]) -> None:
+        """What `take_changes` gave could not be stored: give it again."""
+        self._unsaved |= {
+            (int(endpoint_id), shape) for endpoint_id, _, shape in (one.partition(":") for one in row_ids)
+        }
+
     def load(self, rows: Iterable[LearnedRow]) -> None:
         """At start: what an earlier control plane learned."""
         for row in rows:

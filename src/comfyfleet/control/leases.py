@@ -5,6 +5,7 @@ A worker's lease is renewed for as long as the worker answers. What follows when
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import StrEnum
 
 import msgspec
@@ -33,7 +34,7 @@ class Fate(StrEnum):
 
 
 class Silence(msgspec.Struct, frozen=True, kw_only=True):
-    """since: when the worker was last heard about this job."""
+    """since: when the worker first did not answer about this job, and has not answered since."""
 
     since: float
     lost_after_s: float = LOST_AFTER_S
@@ -50,6 +51,6 @@ def fate(job: Job, worker_id: int, worker: Worker | None, silence: Silence, now:
     return Fate.RUN_ELSEWHERE
 
 
-def is_abandoned(job: Job, held: frozenset[str], now: float) -> bool:
-    """Leased, expired, and nobody of ours holds it: its control plane died."""
-    return job.id not in held and (job.lease_expires or 0.0) <= now
+def is_abandoned(job: Job, held: Collection[str], now: float) -> bool:
+    """Leased, expired, and its token is none of those that we hold: its control plane died."""
+    return job.lease_token not in held and (job.lease_expires or 0.0) <= now

@@ -14,6 +14,7 @@ from comfyfleet.control.limits import DAY_S, Limits
 from comfyfleet.control.records import UsageRow
 from comfyfleet.control.reports import KeyUse
 from comfyfleet.control.store.base import Store
+from comfyfleet.control.store.connection import ConnectionLost
 from comfyfleet.control.worker_states import WorkerState
 from comfyfleet.control.workers import Workers
 
@@ -121,7 +122,11 @@ class Ledger:
 
     async def flush(self) -> None:
         rows, self._rows = self._rows, []
-        await self._store.add_usage(rows)
+        try:
+            await self._store.add_usage(rows)
+        except ConnectionLost:
+            self._rows = [*rows, *self._rows]
+            raise
 
     async def run(self) -> None:
         """Count each second, save every now and then."""

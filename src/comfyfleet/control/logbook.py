@@ -14,9 +14,12 @@ import structlog
 from comfyfleet.clock import Clock
 from comfyfleet.control.records import LogRow
 from comfyfleet.control.store.base import Store
+from comfyfleet.control.store.connection import ConnectionLost
 
 LEVELS = ("info0", "info1", "trace", "debug")
 FLUSH_EVERY_S = 1.0
+# Of lines that a lost database does not take, the newest are kept for it.
+_MOST_UNSAVED = 10_000
 
 log = structlog.get_logger()
 
@@ -51,7 +54,11 @@ class Logbook:
 
     async def flush(self) -> None:
         rows, self._unsaved = self._unsaved, []
-        await self._store.add_logs(rows)
+        try:
+            await self._store.add_logs(rows)
+        except ConnectionLost:
+            self._unsaved = [*rows, *self._unsaved][-_MOST_UNSAVED:]
+            raise
 
     async def run(self) -> None:
         """The loop that saves."""
@@ -59,7 +66,7 @@ class Logbook:
             await self._clock.sleep(FLUSH_EVERY_S)
             try:
                 await self.flush()
-            except Exception:  # one iteration: the lines are lost, the next ones are not
+            except Exception:  # one iteration
                 log.exception("logbook.flush_failed")
 
 

@@ -34,6 +34,7 @@ from comfyfleet.control.reports import Reports
 from comfyfleet.control.roll_call import TRUSTED_S, answering
 from comfyfleet.control.scores import Scores
 from comfyfleet.control.store.base import Store
+from comfyfleet.control.store.connection import ConnectionLost
 from comfyfleet.control.tickets import Tickets
 from comfyfleet.control.worker import Worker
 from comfyfleet.control.workers import Workers, revived
@@ -207,13 +208,18 @@ class RoutingPlane:
 
     async def save_learned(self) -> None:
         """What jobs have shown of their shapes, and what arrived, since the last time."""
-        changed, forgotten = self.learned.take_changes()
-        for row in changed:
-            await self._store.put(row)
-        for row_id in forgotten:
-            await self._store.drop(LearnedRow, row_id)
-        for demand in self.desk.meters.take_changes():
-            await self._store.put(demand)
+        (changed, forgotten), demands = self.learned.take_changes(), self.desk.meters.take_changes()
+        try:
+            for row in changed:
+                await self._store.put(row)
+            for row_id in forgotten:
+                await self._store.drop(LearnedRow, row_id)
+            for demand in demands:
+                await self._store.put(demand)
+        except ConnectionLost:
+            self.learned.unsaved([*(row.id for row in changed), *forgotten])
+            self.desk.meters.unsaved(demands)
+            raise
 
     async def _refill(self) -> None:
         await self._numbers.refill()

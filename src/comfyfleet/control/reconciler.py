@@ -281,9 +281,13 @@ class Reconciler:
             async with anyio.create_task_group() as writes:  # the store commits together what comes together
                 for worker in changed[at : at + WRITTEN_AT_ONCE]:
                     writes.start_soon(self._save, worker)
-        for worker_id in gone:
+        for position, worker_id in enumerate(gone):
             self._states.pop(worker_id, None)
-            await self._store.drop(WorkerRow, worker_id)
+            try:
+                await self._store.drop(WorkerRow, worker_id)
+            except ConnectionLost:
+                self._workers.still_stored(gone[position:])
+                raise
 
     async def _save(self, worker: Worker) -> None:
         try:

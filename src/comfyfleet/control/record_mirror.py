@@ -49,10 +49,17 @@ class RecordMirror:
                 log.exception("records.refresh_failed")
                 await self._clock.sleep(0.5)
 
-    async def refresh(self) -> bool:
-        """Read again what changed; True when something may have. Callers at the same time share one look, also one that
-        fails. Raises ConnectionLost.
+    @property
+    def version(self) -> int:
+        """Of the copies: take it before looking at them, for `refresh` to say whether that look is old."""
+        return self._version
+
+    async def refresh(self, seen: int | None = None) -> bool:
+        """Read again what changed; True when the copies may be others than those of version `seen` (None: of now).
+
+        Callers at the same time share one look, also one that fails. Raises ConnectionLost.
         """
+        seen = self._version if seen is None else seen
         asked_at = self._clock.monotonic()
         async with self._lock:
             if self._looked_at > asked_at:
@@ -66,11 +73,10 @@ class RecordMirror:
                 self._failed_at = self._clock.monotonic()
                 raise
             self._looked_at = looked_at
-            if version == self._version:
-                return False
-            await self._load()
-            self._version = version
-            return True
+            if version != self._version:
+                await self._load()
+                self._version = version
+            return version != seen
 
     async def _load(self) -> None:
         """The version was read first, so that a change in between is seen again."""

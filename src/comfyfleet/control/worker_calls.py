@@ -63,6 +63,11 @@ class News:
     frame: dict[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Alive:
+    """The worker has the job, and nothing new to say of it."""
+
+
 class WorkerCalls:
     """One HTTP session to all workers."""
 
@@ -89,8 +94,8 @@ class WorkerCalls:
             raise Unreachable(str(error)) from error
         return _foreign_end(status, answer, headers)
 
-    async def follow(self, ticket: RouteReady, job_id: str) -> AsyncIterator[News | Ended | Refused]:
-        """Progress, then the end. Raises Unreachable when the stream breaks off before it."""
+    async def follow(self, ticket: RouteReady, job_id: str) -> AsyncIterator[Alive | News | Ended | Refused]:
+        """Progress, then the end. Raises Unreachable when the stream breaks off, or is silent for long, before it."""
         body = b'{"auth_data":' + _encode(ticket) + b"}"
         headers = {"Accept": "text/event-stream", "Content-Type": "application/json"}
         try:
@@ -100,7 +105,13 @@ class WorkerCalls:
                 if "text/event-stream" not in answer.headers.get("Content-Type", ""):
                     yield _ended_or_refused(answer.status, await answer.read(), dict(answer.headers))
                     return
-                async for line in _data_lines(answer.content):
+                yield Alive()
+                async for line in _lines(answer.content):
+                    if line.startswith(b":"):
+                        yield Alive()
+                    if not line.startswith(b"data:"):
+                        continue
+                    line = line[5:].strip()
                     frame = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
                     if bytes(frame.get("status", msgspec.Raw(b'""'))) == b'"final_result"':
                         yield Ended(status=200, body=bytes(frame["result"]))
@@ -130,14 +141,13 @@ def _call(ticket: RouteReady, payload: bytes) -> bytes:
     return b'{"auth_data":' + _encode(ticket) + b',"session_id":null,"payload":' + payload + b"}"
 
 
-async def _data_lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    """The data of each event; lines may be longer than the reader's own limit (a result has megabytes)."""
+async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """Lines may be longer than the reader's own limit (a result has megabytes)."""
     rest = b""
     async for chunk in content.iter_any():
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
-            if line.startswith(b"data:"):
-                yield line[5:].strip()
+            yield line
 
 
 def _is_ours(answer: bytes) -> bool:

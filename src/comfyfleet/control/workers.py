@@ -152,6 +152,10 @@ class Workers:
         if worker_id in self._workers:
             self._changed.add(worker_id)
 
+    def still_stored(self, worker_ids: Iterable[int]) -> None:
+        """Workers that `take_changes` gave as gone, and that the store has yet."""
+        self._gone |= set(worker_ids)
+
     def authenticate(self, worker_id: int, mtoken: str) -> Worker:
         """The worker, if this is its token. Raises Unauthorized: nothing has changed then."""
         return check_token(self._workers.get(worker_id), worker_id, mtoken)

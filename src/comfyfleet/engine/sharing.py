@@ -67,7 +67,8 @@ class Turns:
 
     def give_way(self, run: object) -> None:
         """Stand still for as long as another run needs to be alone; asked at every step, so it must cost nothing."""
-        if not self._alone or self._alone[0] is run:
+        first = self._alone[:1]  # one look: without the lock, the list may be empty by the next
+        if not first or first[0] is run:
             return
         with self._changed:
             self._standing.add(run)

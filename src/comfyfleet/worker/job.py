@@ -6,6 +6,7 @@ webhook: numbered from 1, kept with the job, replayed from any number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,18 +73,28 @@ class EventLog:
 
     async def follow(self, after: int = 0) -> AsyncIterator[RunEvent]:
         """Events numbered above `after`: those that are there, then those to come, until the log is closed."""
-        self._readers += 1
-        try:
-            while True:
-                for event in [one for one in self.events if one.number > after]:
-                    after = event.number
-                    yield event
-                if self.closed and (not self.events or self.events[-1].number <= after):
-                    return
-                if not self.closed and (not self.events or self.events[-1].number <= after):
+        while not self.is_read(after):
+            for event in await self.more(after):
+                after = event.number
+                yield event
+
+    async def more(self, after: int, at_most_s: float = math.inf) -> list[RunEvent]:
+        """Events numbered above `after`; waits for the first of them, the end or `at_most_s`."""
+        if not self.closed and not self._has_more(after):
+            self._readers += 1
+            try:
+                with anyio.move_on_after(at_most_s):
                     await self._grown.wait()
-        finally:
-            self._readers -= 1
+            finally:
+                self._readers -= 1
+        return [one for one in self.events if one.number > after]
+
+    def is_read(self, after: int) -> bool:
+        """The log is closed, and nothing is numbered above `after`."""
+        return self.closed and not self._has_more(after)
+
+    def _has_more(self, after: int) -> bool:
+        return bool(self.events) and self.events[-1].number > after
 
     def _wake(self) -> None:
         if self._readers:

@@ -83,6 +83,7 @@ class JobService:
         self._ids = ids
         self._on_finished = on_finished
         self._line = WaitingLine()
+        self._arriving: dict[Job, anyio.Event] = {}  # being written to the journal; fires when that is decided
         self._book = JobBook(journal)
         self._pipeline: Pipeline | None = None
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -131,7 +132,7 @@ class JobService:
         fingerprint = hashlib.sha256(_encode_sorted(request)).hexdigest()
         key = request.request_id or key
         if key:
-            known = self._book.find(scope, key)
+            known = await self._known(scope, key)
             if known is not None and not _may_run_again(known):
                 if known.fingerprint != fingerprint:
                     raise IdempotencyMismatch(f"request_id {key} was used with another body", field="request_id")
@@ -155,18 +156,27 @@ class JobService:
             abandonable=abandonable,
         )
         self._enter(job, graph)
+        decided = self._arriving[job] = anyio.Event()
         try:
             with anyio.CancelScope(shield=True):
                 await self._journal.accept(job)
         except (sqlite3.Error, OSError) as problem:
-            self._book.drop(job)
+            self._forget(job)
             raise DiskFull("the worker cannot write its journal") from problem
         except BaseException:
-            self._book.drop(job)
+            self._forget(job)
             raise
-        self._line.add(job)
-        self._start_next()
+        finally:
+            del self._arriving[job]
+            decided.set()
+        self._queue(job)
         return job
+
+    async def _known(self, scope: str, key: str) -> Job | None:
+        """A job by its key; one that is just being written only once that is done, since it may fail."""
+        while (known := self._book.find(scope, key)) is not None and known in self._arriving:
+            await self._arriving[known].wait()
+        return known
 
     async def wait(self, job: Job) -> Finished:
         """The job's end. A caller that is cancelled while waiting has hung up."""
@@ -278,7 +288,7 @@ class JobService:
             raise self.refusal
         if self._pool.is_hopeless:
             raise EngineUnavailable(f"no engine can work: {self._pool.slots[0].reason}", retry_after_s=60)
-        if len(self._line) >= self._settings.max_queue_size:
+        if len(self._line) + len(self._arriving) >= self._settings.max_queue_size:
             view = self.queue_view()
             raise QueueFull(
                 f"{view.waiting} jobs wait already", retry_after_s=view.next_place_s, queue_size=view.waiting
@@ -293,6 +303,20 @@ class JobService:
     def _enter(self, job: Job, graph: Graph) -> None:
         self._book.enter(job, graph)
         job.events.add(job.accepted_at, RunStatus.QUEUED, "Waiting in the queue.")
+
+    def _forget(self, job: Job) -> None:
+        """It was not accepted after all; whoever found it meanwhile waits no more."""
+        self._book.drop(job)
+        job.events.close()
+        job.done.set()
+
+    def _queue(self, job: Job) -> None:
+        """Into the line, or to its end at once where it was stopped while it was written."""
+        if job.stopped_by is not None and self._tasks is not None:
+            self._tasks.start_soon(self._run_job, job, None)
+            return
+        self._line.add(job)
+        self._start_next()
 
     def _start_next(self) -> None:
         """Let waiting jobs begin, a few ahead of the engines: their inputs are fetched while others render."""
@@ -383,8 +407,7 @@ class JobService:
                 # Whatever became of its prompt, it is not there any more: another run, another id.
                 job.prompt_id = self._ids.request_id()
                 await self._journal.attempt(job)
-                self._line.add(job)
-        self._start_next()
+                self._queue(job)
 
 
 def _may_run_again(job: Job) -> bool:

@@ -110,8 +110,9 @@ class Mirror:
     def __init__(self) -> None:
         self.refreshed = 0
         self.brings: list = []
+        self.version = 0
 
-    async def refresh(self) -> bool:
+    async def refresh(self, seen: int | None = None) -> bool:
         self.refreshed += 1
         if self.brings:
             self.brings.pop(0)()

@@ -15,6 +15,7 @@ from comfyfleet.control.keys import Vault
 from comfyfleet.control.store.connection import ConnectionLost
 from comfyfleet.control.store.store import open_sqlite
 from comfyfleet.control.worker import Worker
+from comfyfleet.control.worker_calls import Unreachable
 from comfyfleet.control.worker_states import WorkerState
 from comfyfleet.control.workers import Workers
 from comfyfleet.wire.generation import WebhookTarget
@@ -75,6 +76,7 @@ class Leased:
             vault=VAULT,
             clock=self.clock,
             ticket_for=lambda _job: self.worker.ticket(),
+            cancelled=self.feed.cancel_event("j"),
             lost_after_s=0.2,
         )
         return self
@@ -169,6 +171,29 @@ async def test_a_refused_workflow_fails_with_the_workers_words(tmp_path):
 
         job = await leased.stored()
         assert (job.status, msgspec.json.decode(job.error)) == (JobStatus.FAILED, error)
+
+
+async def test_a_worker_that_had_nothing_to_say_for_long_is_asked_again_before_it_is_lost(tmp_path):
+    """As while one node runs for minutes: the stream times out, and the worker still has the job."""
+    async with HttpWorker() as worker, Leased(tmp_path, worker) as leased:
+        worker.answers["/generate"] = (202, {"id": "j", "status": "queued"}, {})
+        worker.answers["/result/j"] = (200, [FINAL], {})
+        follow, tries = worker.calls.follow, []
+
+        async def silent_at_first(ticket, job_id):
+            tries.append(job_id)
+            if len(tries) == 1:
+                await anyio.sleep(0.3)  # longer than a worker may be out of reach here
+                raise Unreachable("the worker was silent for long")
+            async for heard in follow(ticket, job_id):
+                yield heard
+
+        worker.calls.follow = silent_at_first
+        outcome = await leased.run.run(worker.ticket())
+
+        job = await leased.stored()
+    assert (outcome.status, job.status, job.lost_on) == (JobStatus.COMPLETED, JobStatus.COMPLETED, frozenset())
+    assert len(tries) == 2
 
 
 async def test_a_stream_that_breaks_off_is_followed_again(tmp_path):

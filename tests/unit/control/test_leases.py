@@ -62,5 +62,5 @@ def test_a_lease_is_abandoned_when_it_expired_and_nobody_here_holds_it():
     job = a_job(lease_token="t", lease_expires=NOW)
 
     assert is_abandoned(job, frozenset(), NOW)
-    assert not is_abandoned(job, frozenset({"j"}), NOW)
+    assert not is_abandoned(job, frozenset({"t"}), NOW)
     assert not is_abandoned(job, frozenset(), NOW - 1)

@@ -225,6 +225,10 @@ async def test_records_made_at_one_are_known_at_the_other_after_a_look(world):
     assert keyring.principal("cfk_x").scopes == {"read"}
     assert account.environment() == {"V": "value"}
     assert not await mirror.refresh()
+    seen = mirror.version
+    await store.put(Endpoint(id=10, endpoint_name="newer", created_at=0.0))
+    await mirror.refresh()  # another caller's, between this one's look and its doubt
+    assert await mirror.refresh(seen)
     await store.drop(ApiKey, "1")
     await mirror.refresh()
     with pytest.raises(Unauthorized):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from comfyfleet.control.worker_calls import Ended, News, OnlySynchronous, Refused, Taken, Unreachable
+from comfyfleet.control.worker_calls import Alive, Ended, News, OnlySynchronous, Refused, Taken, Unreachable
 from support.http_worker import HttpWorker
 
 pytestmark = pytest.mark.anyio
@@ -116,10 +116,12 @@ async def test_progress_and_result_arrive_however_the_bytes_are_cut():
 
         heard = [item async for item in worker.calls.follow(worker.ticket(), "j")]
 
-    assert isinstance(heard[0], News)
-    assert heard[0].frame["progress"] == {"percentage": 50}
-    assert isinstance(heard[1], Ended)
-    assert len(msgspec.json.decode(heard[1].body)["big"]) == 300_000
+    taken, progress, silent, end = heard
+    assert isinstance(progress, News)
+    assert progress.frame["progress"] == {"percentage": 50}
+    assert taken == silent == Alive(), "it has the job, and still has it"
+    assert isinstance(end, Ended)
+    assert len(msgspec.json.decode(end.body)["big"]) == 300_000
 
 
 async def test_a_stream_that_breaks_off_is_not_an_end():

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import sqlite3
+from types import SimpleNamespace
 
 import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.datastructures import Headers
 
 from comfyfleet.sealing import Sealer
+from comfyfleet.testing.clock import FakeClock
 from comfyfleet.wire.errors import JobCancelled
 from comfyfleet.wire.generation import GenerateInput, S3Target
 from comfyfleet.wire.jobs import RUN_FINAL, RUN_TRANSITIONS, IllegalTransition, RunStatus
+from comfyfleet.worker.api import generate
+from comfyfleet.worker.api.generate import GenerateRoutes
 from comfyfleet.worker.job import MAX_EVENTS, EventLog, Finished, Job
 from comfyfleet.worker.journal import Journal
 from comfyfleet.worker.limits import DeadlineExceeded, QueueWaitExceeded, reason_to_stop
@@ -183,3 +188,26 @@ async def test_a_request_sealed_under_a_lost_key_is_left_out_and_the_others_are_
 
     assert [job.id for job in journal.open_jobs()] == ["kept"]
     await journal.close()
+
+
+@pytest.mark.anyio
+async def test_a_follower_of_a_silent_job_hears_that_the_worker_is_alive(monkeypatch):
+    monkeypatch.setattr(generate, "_PING_S", 0.01)
+    view = SimpleNamespace(position=1, eta_s=None, waiting=0, generating=0, storing=0)
+    service = SimpleNamespace(queue_view=lambda _job: view, hung_up=lambda _job: None)
+    routes = GenerateRoutes(service, FakeClock(), max_body_bytes=1, include_response=True)
+    job, frames = a_job(), []
+    with anyio.fail_after(60):
+        async for frame in routes.follow(job, Headers()).body_iterator:
+            frames.append(frame)
+            if len(frames) == 2:
+                job.advance(RunStatus.PROCESSING, 1001.0)
+            if len(frames) == 3:
+                job.advance(RunStatus.FAILED, 1002.0)
+                job.finished = Finished(status=RunStatus.FAILED, http_status=422, body=b"{}")
+                job.events.close()
+                job.done.set()
+
+    assert frames[:2] == [b": still here\n\n"] * 2
+    assert [b"processing" in frames[2], b"failed" in frames[3], b"final_result" in frames[4]] == [True] * 3
+    assert len(frames) == 5

@@ -47,6 +47,8 @@ class JobEvents:
             for event in events:
                 after = event.seq
                 yield self._frame(event, current)
+                if event.kind in _FINAL_KINDS:
+                    return
             if current is None or current.is_final or is_closed:
                 return
             if events:
@@ -65,7 +67,7 @@ class JobEvents:
         """The job, and everything that had happened to it by then; as it is at its end if that is among it."""
         current = await self._store.job(job_id)
         events = await self._store.events(job_id, after)
-        if events and events[-1].kind in _FINAL_KINDS:
+        if any(event.kind in _FINAL_KINDS for event in events):
             current = await self._store.job(job_id)
         return current, events
 

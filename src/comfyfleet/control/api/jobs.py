@@ -133,9 +133,12 @@ class JobApi:
 
     async def cancel(self, request: Request) -> Response:
         job = await self._job(request)
-        after = await self._store.cancel(job.id, self._plane.now())
-        self._plane.cancelled(job)
-        return JsonResponse(self._view(request, after or job), status_code=200 if (after or job).is_final else 202)
+        now = self._plane.now()
+        after = await self._store.cancel(job.id, now) or job
+        # Whether it waited is told by what the call did to it; what was read before is old by then.
+        has_waited = after.status is JobStatus.CANCELLED and after.finished_at == now
+        self._plane.cancelled(after, has_waited=has_waited)
+        return JsonResponse(self._view(request, after), status_code=200 if after.is_final else 202)
 
     # --- following ---------------------------------------------------------------------------------------------------
 

@@ -150,6 +150,7 @@ class TicketedServer:
         session: Session | None = None
         if session_id is not None:
             session = self._sessions.table.use(str(session_id), auth_data, self._clock.now())
+            self._sessions.job_began(session)  # a session that is closed from here on has this job still to do
             claims = session.claims
         else:
             claims = checker.consume(auth_data)
@@ -165,14 +166,21 @@ class TicketedServer:
         except FleetError as refusal:
             if session is None:
                 self._book.reject(request_idx=claims.request_idx, cost=claims.cost, now=self._clock.now())
-                self._on_change()
+            else:
+                self._sessions.job_ended(session)
+            self._on_change()
             await worker_error(refusal, request_id=plain_id(request))(scope, receive, send)
             return
+        except BaseException:
+            if session is not None:
+                self._sessions.job_ended(session)
+            raise
         if session is None:
             self._follow(job, claims)
-        elif self._followers is not None and not job.is_final:
-            self._sessions.job_began(session)
+        elif self._followers is not None:
             self._followers.start_soon(self._until_session_job_ends, job, session)
+        else:
+            self._sessions.job_ended(session)
         if path == "/generate/sync":
             await self._routes.answer_sync(job, headers, scope, receive, send)
         elif path == "/generate/stream":

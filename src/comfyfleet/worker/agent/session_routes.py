@@ -93,7 +93,8 @@ class SessionRoutes:
         while True:
             await self._clock.sleep(SWEEP_S)
             for session in self.table.expired(self._clock.now()):
-                await self.close(session)
+                if session.has_expired(self._clock.now()):  # it may have been used while another one was closed
+                    await self.close(session)
 
     async def _create(self, call: Mapping[str, Any], tickets: TicketChecker) -> Response:
         auth_data, payload = call.get("auth_data"), call.get("payload") or {}

@@ -119,12 +119,19 @@ class GenerateRoutes:
     async def _frames(self, job: Job, after: int, full: bool, previews: bool) -> AsyncIterator[bytes]:
         job.callers += 1
         try:
-            async for event in self._service.events(job, after=after):
-                frame = self._frame(job, event)
-                if previews and event.progress is not None and job.watch is not None and job.watch.preview is not None:
-                    picture = job.watch.preview
-                    frame["preview"] = f"data:{picture.mime};base64,{b64encode(picture.data).decode()}"
-                yield sse_frame(_encode(frame), event_id=str(event.number))
+            while not job.events.is_read(after):
+                events = await job.events.more(after, _PING_S)
+                if not events and not job.events.closed:
+                    # A node may be at it for long without a word; whoever follows is to know that we are alive.
+                    yield b": still here\n\n"
+                for event in events:
+                    after = event.number
+                    frame = self._frame(job, event)
+                    watch = job.watch
+                    if previews and event.progress is not None and watch is not None and watch.preview is not None:
+                        picture = watch.preview
+                        frame["preview"] = f"data:{picture.mime};base64,{b64encode(picture.data).decode()}"
+                    yield sse_frame(_encode(frame), event_id=str(event.number))
             await job.done.wait()
             if job.finished is not None:
                 result = {"status": "final_result", "result": msgspec.Raw(slimmed(job.finished.body, full))}

@@ -142,10 +142,11 @@ class EnginePool:
             slot = self._choose(avoid)
             if slot is not None:
                 return self._book(slot, prompt_id, predicted_s)
+        enter = self._waiters.append
         while True:
             turn = anyio.Event()
             entry = (turn, avoid)
-            self._waiters.append(entry)
+            enter(entry)
             try:
                 await turn.wait()
             except BaseException:
@@ -160,6 +161,7 @@ class EnginePool:
                 booked = self._book(slot, prompt_id, predicted_s)
                 self.wake()
                 return booked
+            enter = self._waiters.appendleft  # somebody came in between; the first one stays the first
 
     def adopt(self, slot: EngineSlot, prompt_id: str, predicted_s: float) -> None:
         """Book a prompt that the engine has already."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import anyio
 import pytest
 
 from comfyfleet.ids import SeededIds
@@ -81,3 +82,25 @@ async def test_a_session_in_use_neither_expires_nor_gives_its_load_back_before_i
 
     assert (while_it_runs, book.current_load) == (100.0, 0.0)
     table.check_room()
+
+
+@pytest.mark.anyio
+async def test_a_session_used_while_another_expired_one_is_closed_stays_open() -> None:
+    clock, book, table = FakeClock(0.0), LoadBook(), Sessions(limit=2, ids=SeededIds(1))
+    first = opened(table, lifetime_s=10.0)
+    second = opened(table, lifetime_s=10.0, auth={"url": "u", "reqnum": 2})
+    first.on_close_route = "http://example.com/closed"
+
+    class Fetcher:
+        """The receiver of the first one's end; meanwhile the second is used, just before its time was over."""
+
+        async def post(self, *_given: object, **_named: object) -> None:
+            second.expires_at += 60.0
+
+    routes = SessionRoutes(table=table, book=book, clock=clock, fetcher=Fetcher())  # type: ignore[arg-type]
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(routes.close_expired)
+        await clock.advance(20.0)
+        tasks.cancel_scope.cancel()
+
+    assert (first.is_closed, second.is_closed) == (True, False)
