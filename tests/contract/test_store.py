@@ -217,7 +217,7 @@ async def test_events_are_numbered_and_replayed_from_any_place(store):
     assert await store.events("j1", after=3) == events[3:]
 
 
-async def test_a_final_jobs_webhook_is_due_until_it_is_handed_over_and_secrets_go_with_it(store):
+async def test_a_final_jobs_webhook_and_its_secrets_stay_until_the_receiver_was_told(store):
     await store.add_jobs([a_job("hook", webhook='{"url":"x"}', sealed="s"), a_job("none", sealed="s")])
     for name in ("hook", "none"):
         await store.lease(a_lease(name, token=name))
@@ -226,8 +226,23 @@ async def test_a_final_jobs_webhook_is_due_until_it_is_handed_over_and_secrets_g
     assert await store.undelivered() == ["hook"]
     assert (await store.job("none")).sealed == ""
     assert await store.prune(NOW + 1) == 1
-    await store.mark_delivered("hook")
+    assert await store.has_untold(1)
+    await store.webhook_out("hook")
     assert await store.undelivered() == []
+    assert (await store.job("hook")).sealed == "s"
+    assert await store.prune(NOW + 1) == 0
+
+    await store.webhooks_due_again(2)
+    assert await store.undelivered() == []
+    await store.webhooks_due_again(1)  # its outbox may be lost
+    assert await store.undelivered() == ["hook"]
+
+    await store.webhook_out("hook")
+    await store.webhook_ended("hook")
+    await store.webhooks_due_again(1)
+    await store.webhook_out("hook")
+    assert await store.undelivered() == []
+    assert not await store.has_untold(1)
     assert (await store.job("hook")).sealed == ""
     assert await store.prune(NOW + 1) == 1
 

@@ -134,6 +134,8 @@ async def test_an_owner_of_yesterday_writes_nothing(store):
         lambda fence: store.put(row, fence=fence),
         lambda fence: store.add_decision(decision, fence=fence),
         lambda fence: store.drop(WorkerRow, 1, fence=fence),
+        lambda fence: store.webhook_out("j1", fence=fence),
+        lambda fence: store.webhooks_due_again(1, fence=fence),
     ):
         with pytest.raises(Fenced):
             await write(old)

@@ -77,7 +77,9 @@ class DurablePlane:
         self._ended = Kick()
         outbox, self._outbox_lock = own_file(settings.data_dir, "webhooks", ".sqlite3")
         self._outbox = Outbox(outbox, Sealer(webhook_key, "webhooks"))
-        self._webhooks = Webhooks(self._outbox, fetcher, clock, ids, trusted=trusted)
+        self._webhooks = Webhooks(
+            self._outbox, fetcher, clock, ids, trusted=trusted, ended=lambda event: self._job_webhooks.told(event.job)
+        )
         self.admission = Admission(
             store=store,
             catalog=catalog,
@@ -130,6 +132,7 @@ class DurablePlane:
             store=store,
             vault=vault,
             webhooks=self._webhooks,
+            catalog=catalog,
             operator=operator,
             clock=clock,
             kick=self._ended,
@@ -157,7 +160,7 @@ class DurablePlane:
     def begin(self, endpoint_id: int) -> None:
         """The endpoint is this replica's from now on."""
         self.dispatcher.begin(endpoint_id)
-        self._ended()
+        self._job_webhooks.begin(endpoint_id)
 
     def drop(self, endpoint_id: int) -> None:
         """The endpoint is another replica's."""

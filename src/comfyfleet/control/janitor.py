@@ -84,7 +84,9 @@ class Janitor:
             while (head := await self._store.head(endpoint.id, row.scope, float("inf"))) is not None:
                 await self._fail(head.id, _ENDPOINT_GONE)
         is_running = any(job.endpoint_id == endpoint.id for job in await self._store.leased())
-        if not self._workers.of_endpoint(endpoint.id) and not is_running:
+        # Its webhooks are its owner's to tell, and an endpoint that is forgotten has none.
+        is_untold = await self._store.has_untold(endpoint.id)
+        if not self._workers.of_endpoint(endpoint.id) and not is_running and not is_untold:
             await self._store.drop(DemandRow, endpoint.id)
             await self._store.drop(Endpoint, endpoint.id)
             self._catalog.drop_endpoint(endpoint.id)

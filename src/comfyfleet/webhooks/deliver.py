@@ -8,7 +8,7 @@ side, so a receiver that hangs holds up nobody else; one host gets at most two a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 
 import anyio
@@ -61,13 +61,16 @@ class Webhooks:
         *,
         trusted: GuardedFetcher | None = None,
         policy: Backoff = HOURS,
+        ended: Callable[[OutgoingEvent], None] = lambda event: None,
     ) -> None:
+        """ended: hears of each event that its receiver has, or that is given up."""
         self._outbox = outbox
         self._fetcher = fetcher
         self._trusted = trusted or fetcher
         self._clock = clock
         self._ids = ids
         self._policy = policy
+        self._ended = ended
         self._wake = anyio.Event()
         self._under_way: set[str] = set()
         self._per_host: Counter[str] = Counter()
@@ -95,6 +98,10 @@ class Webhooks:
         )
         self._nudge()
         return identity
+
+    async def has_ended(self, identity: str) -> bool:
+        """A promised event was delivered, or given up."""
+        return await anyio.to_thread.run_sync(self._outbox.state, identity) in (EventState.DELIVERED, EventState.DEAD)
 
     async def test(self, receiver: Receiver, body: bytes) -> Delivery:
         """Post once, now, outside the outbox, and say what happened."""
@@ -132,19 +139,24 @@ class Webhooks:
                     await self._clock.sleep(_AFTER_FAILURE_S)
 
     async def _start_due(self, deliveries: TaskGroup, now: float) -> None:
-        for event in await anyio.to_thread.run_sync(self._outbox.due, now, 4 * _AT_ONCE):
-            if self._has_room(event):
-                self._under_way.add(event.id)
-                self._per_host[event.host] += 1
-                deliveries.start_soon(self._deliver, event, name=f"webhook {event.id}")
+        is_more = True
+        while is_more and len(self._under_way) < _AT_ONCE:
+            busy = [host for host, count in self._per_host.items() if count >= _PER_HOST]
+            found = await anyio.to_thread.run_sync(self._outbox.due, now, 4 * _AT_ONCE, busy)
+            started = [event for event in found if self._start(event, deliveries)]
+            # As many as were asked for may all be one host's; behind them is somebody else's.
+            is_more = bool(started) and len(found) == 4 * _AT_ONCE
         await anyio.to_thread.run_sync(self._outbox.prune, now - _KEEP_S)
 
-    def _has_room(self, event: OutgoingEvent) -> bool:
-        return (
-            event.id not in self._under_way
-            and len(self._under_way) < _AT_ONCE
-            and self._per_host[event.host] < _PER_HOST
-        )
+    def _start(self, event: OutgoingEvent, deliveries: TaskGroup) -> bool:
+        """Where there is room for it and it is not on its way already."""
+        is_full = len(self._under_way) >= _AT_ONCE or self._per_host[event.host] >= _PER_HOST
+        if is_full or event.id in self._under_way:
+            return False
+        self._under_way.add(event.id)
+        self._per_host[event.host] += 1
+        deliveries.start_soon(self._deliver, event, name=f"webhook {event.id}")
+        return True
 
     async def _rest(self, looked_at: float) -> None:
         """Until something that was not due at `looked_at` is, something new comes, or a delivery ends."""
@@ -185,6 +197,8 @@ class Webhooks:
                 state=state.value,
                 took_s=round(delivery.took_s, 3),
             )
+            if state is not EventState.WAITING:
+                self._ended(event)
         except Exception:
             # The file could not be written: the attempt is not logged, so it will be made again.
             log.exception("webhook.record_failed", webhook_event=event.id)

@@ -41,7 +41,9 @@ INSERT OR IGNORE INTO webhook_event
 VALUES (?, ?, ?, ?, ?, ?, ?, 'waiting', 0, ?, ?, '')
 """
 # due: waiting events whose time has come, oldest promise first.
-_DUE = "SELECT * FROM webhook_event WHERE state = 'waiting' AND next_at <= ? ORDER BY next_at LIMIT ?"
+_DUE = "SELECT * FROM webhook_event WHERE state = 'waiting' AND next_at <= ?{} ORDER BY next_at LIMIT ?"
+# state: of one event.
+_STATE = "SELECT state FROM webhook_event WHERE id = ?"
 # next_at: when the loop has to wake for what is not due yet.
 _NEXT = "SELECT min(next_at) FROM webhook_event WHERE state = 'waiting' AND next_at > ?"
 # record: one attempt, and what follows from it.
@@ -126,11 +128,18 @@ class Outbox:
             values = (identity, scope, job, event, host, sealed, body, now, now)
             return self._base.execute(_ADD, values).rowcount == 1
 
-    def due(self, now: float, limit: int) -> list[OutgoingEvent]:
-        """Events whose next attempt is due."""
+    def due(self, now: float, limit: int, without: Sequence[str] = ()) -> list[OutgoingEvent]:
+        """Events whose next attempt is due; none for the hosts `without`."""
+        marks = f" AND host NOT IN ({','.join('?' * len(without))})" if without else ""
         with self._lock:
-            rows = self._base.execute(_DUE, (now, limit)).fetchall()
+            rows = self._base.execute(_DUE.format(marks), (now, *without, limit)).fetchall()
         return [self._event(row) for row in rows]
+
+    def state(self, identity: str) -> EventState | None:
+        """Where one event is; None for one that was never promised, or is forgotten."""
+        with self._lock:
+            row = self._base.execute(_STATE, (identity,)).fetchone()
+        return None if row is None else EventState(row[0])
 
     def next_at(self, now: float) -> float | None:
         """When the next attempt after `now` is due, or None with nothing waiting."""

@@ -22,7 +22,6 @@ from comfyfleet.clock import Clock
 from comfyfleet.ids import Ids
 from comfyfleet.settings.worker import QueueSettings
 from comfyfleet.wire.errors import (
-    DiskFull,
     EngineUnavailable,
     FleetError,
     IdempotencyMismatch,
@@ -36,6 +35,7 @@ from comfyfleet.wire.jobs import RunStatus
 from comfyfleet.wire.requests import check_request
 from comfyfleet.wire.shapes import shape_of
 from comfyfleet.wire.workflow import Graph
+from comfyfleet.worker.arrivals import Arrivals
 from comfyfleet.worker.engines.learned import Durations
 from comfyfleet.worker.engines.pool import EnginePool, EngineSlot, EngineState
 from comfyfleet.worker.job import Finished, Job, RunEvent
@@ -83,8 +83,8 @@ class JobService:
         self._ids = ids
         self._on_finished = on_finished
         self._line = WaitingLine()
-        self._arriving: dict[Job, anyio.Event] = {}  # being written to the journal; fires when that is decided
         self._book = JobBook(journal)
+        self._arrivals = Arrivals(self._book, journal)
         self._pipeline: Pipeline | None = None
         self._tasks: anyio.abc.TaskGroup | None = None
         self._draining = False
@@ -132,7 +132,7 @@ class JobService:
         fingerprint = hashlib.sha256(_encode_sorted(request)).hexdigest()
         key = request.request_id or key
         if key:
-            known = await self._known(scope, key)
+            known = await self._arrivals.known(scope, key)
             if known is not None and not _may_run_again(known):
                 if known.fingerprint != fingerprint:
                     raise IdempotencyMismatch(f"request_id {key} was used with another body", field="request_id")
@@ -156,27 +156,9 @@ class JobService:
             abandonable=abandonable,
         )
         self._enter(job, graph)
-        decided = self._arriving[job] = anyio.Event()
-        try:
-            with anyio.CancelScope(shield=True):
-                await self._journal.accept(job)
-        except (sqlite3.Error, OSError) as problem:
-            self._forget(job)
-            raise DiskFull("the worker cannot write its journal") from problem
-        except BaseException:
-            self._forget(job)
-            raise
-        finally:
-            del self._arriving[job]
-            decided.set()
+        await self._arrivals.accept(job)
         self._queue(job)
         return job
-
-    async def _known(self, scope: str, key: str) -> Job | None:
-        """A job by its key; one that is just being written only once that is done, since it may fail."""
-        while (known := self._book.find(scope, key)) is not None and known in self._arriving:
-            await self._arriving[known].wait()
-        return known
 
     async def wait(self, job: Job) -> Finished:
         """The job's end. A caller that is cancelled while waiting has hung up."""
@@ -288,7 +270,7 @@ class JobService:
             raise self.refusal
         if self._pool.is_hopeless:
             raise EngineUnavailable(f"no engine can work: {self._pool.slots[0].reason}", retry_after_s=60)
-        if len(self._line) + len(self._arriving) >= self._settings.max_queue_size:
+        if len(self._line) + len(self._arrivals) >= self._settings.max_queue_size:
             view = self.queue_view()
             raise QueueFull(
                 f"{view.waiting} jobs wait already", retry_after_s=view.next_place_s, queue_size=view.waiting
@@ -303,12 +285,6 @@ class JobService:
     def _enter(self, job: Job, graph: Graph) -> None:
         self._book.enter(job, graph)
         job.events.add(job.accepted_at, RunStatus.QUEUED, "Waiting in the queue.")
-
-    def _forget(self, job: Job) -> None:
-        """It was not accepted after all; whoever found it meanwhile waits no more."""
-        self._book.drop(job)
-        job.events.close()
-        job.done.set()
 
     def _queue(self, job: Job) -> None:
         """Into the line, or to its end at once where it was stopped while it was written."""

@@ -17,6 +17,8 @@ HOT = {
     "leased": (sql.LEASED, "job_leased"),
     "overdue": (sql.OVERDUE, "job_overdue"),
     "undelivered": (sql.UNDELIVERED, "job_undelivered"),
+    "webhooks due again": (sql.WEBHOOKS_DUE_AGAIN, "job_untold"),
+    "untold": (sql.UNTOLD, "job_untold"),
     "repeat": (sql.JOB_BY_KEY, "job_idempotency"),
     "known": (statement_over(sql.KNOWN_IDS, 8), "sqlite_autoindex_job_1"),
     "renew": (statement_over(sql.RENEW_MANY, 8), "sqlite_autoindex_job_1"),

@@ -136,6 +136,32 @@ async def test_a_receiver_that_fails_is_told_again_later_under_the_same_id(world
     assert [one.status for one in log] == [status, status, 200]
 
 
+async def test_a_receiver_that_hangs_holds_up_nobody_however_much_waits_for_it(world: AWorld) -> None:
+    hangs = Receiver(url="http://localhost:9/hook")
+    async with (
+        a_receiver(lambda _: web.Response(status=204)) as receiver,
+        world.webhooks("127.0.0.1", "localhost", running=False) as webhooks,
+        anyio.create_task_group() as loops,
+    ):
+        post = webhooks._fetcher.post
+
+        async def post_or_hang(url, *given, **named):
+            if "localhost" in url:
+                await anyio.sleep_forever()
+            return await post(url, *given, **named)
+
+        webhooks._fetcher.post = post_or_hang
+        for number in range(100):
+            await webhooks.send(hangs, b"{}", scope="s", job=str(number), event="job.completed")
+        world.clock.jump(1)
+        last = await send(webhooks, receiver)
+        loops.start_soon(webhooks.run)
+        await receiver.until(1)
+        loops.cancel_scope.cancel()
+
+    assert [call[0] for call in receiver.calls] == [last]
+
+
 async def test_gone_means_stop(world: AWorld) -> None:
     async with a_receiver(lambda _: web.Response(status=410)) as receiver, world.webhooks() as webhooks:
         identity = await send(webhooks, receiver)

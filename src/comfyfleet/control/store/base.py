@@ -187,10 +187,24 @@ class Store(Protocol):
         ...
 
     async def undelivered(self) -> list[str]:
-        """Ids of final jobs whose webhook has not been handed over yet."""
+        """Ids of final jobs whose webhook no outbox has."""
         ...
 
-    async def mark_delivered(self, job_id: str) -> None: ...
+    async def webhook_out(self, job_id: str, *, fence: Fence | None = None) -> None:
+        """An outbox has it, until `webhook_ended`; what is needed to tell it stays with the job as long."""
+        ...
+
+    async def webhook_ended(self, job_id: str) -> None:
+        """The receiver was told, or given up."""
+        ...
+
+    async def webhooks_due_again(self, endpoint_id: int, *, fence: Fence | None = None) -> None:
+        """Whatever outbox had the endpoint's webhooks may be gone."""
+        ...
+
+    async def has_untold(self, endpoint_id: int) -> bool:
+        """Some webhook of the endpoint is due, or out."""
+        ...
 
     async def prune(self, finished_before: float) -> int:
         """Remove final jobs and their events older than that; how many."""

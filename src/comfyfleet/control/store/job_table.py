@@ -175,8 +175,26 @@ class JobTable:
         rows = await self._database.read(lambda connection: connection.rows(sql.UNDELIVERED, {}))
         return [row[0] for row in rows]
 
-    async def mark_delivered(self, job_id: str) -> None:
-        await self._database.write(lambda connection: connection.change(sql.MARK_DELIVERED, {"id": job_id}))
+    async def webhook_out(self, job_id: str, *, fence: Fence | None = None) -> None:
+        def work(connection: Connection) -> None:
+            check_fence(connection, fence)
+            connection.change(sql.WEBHOOK_OUT, {"id": job_id})
+
+        await self._database.write(work)
+
+    async def webhook_ended(self, job_id: str) -> None:
+        await self._database.write(lambda connection: connection.change(sql.WEBHOOK_ENDED, {"id": job_id}))
+
+    async def webhooks_due_again(self, endpoint_id: int, *, fence: Fence | None = None) -> None:
+        def work(connection: Connection) -> None:
+            check_fence(connection, fence)
+            connection.change(sql.WEBHOOKS_DUE_AGAIN, {"endpoint_id": endpoint_id})
+
+        await self._database.write(work)
+
+    async def has_untold(self, endpoint_id: int) -> bool:
+        params = {"endpoint_id": endpoint_id}
+        return bool(await self._database.read(lambda connection: connection.rows(sql.UNTOLD, params)))
 
     async def prune(self, finished_before: float) -> int:
         def work(connection: Connection) -> int:

@@ -54,6 +54,7 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
         """CREATE TABLE ownership (
              endpoint_id BIGINT PRIMARY KEY, replica_id TEXT NOT NULL, fence BIGINT NOT NULL)""",
     ),
+    3: ("CREATE INDEX job_untold ON job (endpoint_id) WHERE webhook_state IN ('due', 'out')",),
 }
 LATEST = max(MIGRATIONS)
 

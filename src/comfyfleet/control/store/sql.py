@@ -287,13 +287,24 @@ RETURNING job_id, seq"""
 # events: what happened after one.
 EVENTS = "SELECT job_id, seq, at, kind, data FROM job_event WHERE job_id = :job_id AND seq > :after ORDER BY seq"
 
-# undelivered: final, and its webhook is still ours to send.
+# undelivered: final, and no outbox has its webhook.
 UNDELIVERED = "SELECT id FROM job WHERE webhook_state = 'due'"
 
-# mark_delivered: the webhook's outbox has it now; its secret is not needed here any more.
-MARK_DELIVERED = "UPDATE job SET webhook_state = 'sent', sealed = '' WHERE id = :id"
+# webhook_out: the outbox of a control plane has it and is at it; lost with that control plane, it is due again.
+WEBHOOK_OUT = "UPDATE job SET webhook_state = 'out' WHERE id = :id AND webhook_state = 'due'"
+
+# webhook_ended: the receiver has it, or was given up; its secret is not needed here any more.
+WEBHOOK_ENDED = "UPDATE job SET webhook_state = 'sent', sealed = '' WHERE id = :id"
+
+# webhooks_due_again: of an endpoint whose outbox may be lost.
+WEBHOOKS_DUE_AGAIN = """
+UPDATE job SET webhook_state = 'due' WHERE webhook_state IN ('due', 'out') AND endpoint_id = :endpoint_id"""
+
+# untold: whether any webhook of an endpoint is still to be told.
+UNTOLD = "SELECT 1 FROM job WHERE webhook_state IN ('due', 'out') AND endpoint_id = :endpoint_id LIMIT 1"
 
 # prune: forget finished jobs.
 PRUNE_EVENTS = """
 DELETE FROM job_event WHERE job_id IN (SELECT id FROM job WHERE finished_at IS NOT NULL AND finished_at < :before)"""
-PRUNE_JOBS = "DELETE FROM job WHERE finished_at IS NOT NULL AND finished_at < :before AND webhook_state <> 'due'"
+PRUNE_JOBS = """
+DELETE FROM job WHERE finished_at IS NOT NULL AND finished_at < :before AND webhook_state NOT IN ('due', 'out')"""
