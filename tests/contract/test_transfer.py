@@ -36,7 +36,7 @@ async def an_installation(folder) -> None:
             digest="d",
             idempotency_key=f"k{number}" if number % 2 else None,
         )
-        for number in range(50)
+        for number in range(2_500)  # more than are inserted at once
     ]
     await store.add_jobs(jobs)
     await store.lease(

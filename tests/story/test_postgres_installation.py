@@ -44,10 +44,17 @@ def test_a_killed_control_plane_and_a_restarted_database_lose_no_job(installatio
     server.stop()
     status, body = submit(10)
     assert (status, body["error"]) == (503, "unavailable")
-    assert plane.call("GET", "/health", key="")[0] == 200
-    server.start()
 
+    # A load balancer is told, once the lease is over, and told again.
     until = time.monotonic() + 90
+    while (answer := plane.call("GET", "/health", key=""))[0] != 503:
+        assert time.monotonic() < until, answer
+        time.sleep(0.1)
+    assert (answer[1]["reason"], answer[1]["database"]) == ("the database is away", "away")
+    server.start()
+    while (answer := plane.call("GET", "/health", key=""))[0] != 200:
+        assert time.monotonic() < until, answer
+        time.sleep(0.1)
     while (answer := submit(10))[0] != 202:
         assert time.monotonic() < until, answer
         time.sleep(0.2)

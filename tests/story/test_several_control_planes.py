@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import random
 import signal
+import threading
 import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -66,6 +68,42 @@ def the_events_of(job_id: str, plane) -> list[str]:
     with urllib.request.urlopen(request, timeout=60) as answer:
         lines = answer.read().decode().splitlines()
     return [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
+
+
+class HookReceiver:
+    """Answers 503 until it is told to take what comes. `heard`: (event id, job) of each call."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, str]] = []
+        self.takes = False
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                told = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                is_taken = receiver.takes
+                receiver.heard.append((self.headers["webhook-id"], told["id"]))
+                self.send_response(204 if is_taken else 503)
+                self.end_headers()
+                if is_taken:
+                    receiver.taken.add(told["id"])
+
+            def log_message(self, *_arguments: Any) -> None:
+                return
+
+        self.taken: set[str] = set()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/hook"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    def __enter__(self) -> HookReceiver:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
 
 
 def the_owner_is_killed(world: ReplicaWorld, load: Load, victim) -> None:
@@ -147,10 +185,25 @@ def test_two_control_planes_serve_as_one_whatever_happens_to_either(world):
         assert stories[0] == stories[1]
         assert (stories[0][0], stories[0][-1]) == ("queued", "completed")
 
-    # A ticket outlives the replica that signed it.
+    # A ticket outlives the replica that signed it, and a webhook the one that was at it: its disk is lost with it.
     tickets = [a_ticket(world, plane, endpoint) for plane, endpoint in doors]
-    first.kill()
-    world.until_owned_by(second)
+    with HookReceiver() as receiver:
+        jobs = set()
+        for endpoint in world.endpoints:
+            body = {
+                "endpoint": endpoint,
+                "input": {"workflow_json": a_graph(1200 + int(endpoint[1:]))},
+                "webhook": {"url": receiver.url, "secret": "s"},
+            }
+            jobs.add(second.call("POST", "/v1/jobs", body)[1]["id"])
+        world.until(lambda: {job for _, job in receiver.heard} == jobs)
+        first.kill()
+        for file in first.folder.glob("webhooks.sqlite3*"):
+            file.unlink()
+        receiver.takes = True
+        world.until_owned_by(second)
+        world.until(lambda: receiver.taken == jobs)
+        assert len({event for event, _ in receiver.heard}) == len(jobs), "each told under one id, whoever told it"
     assert [rendered_with(ticket, 2000 + number) for number, ticket in enumerate(tickets)] == ["completed"] * 4
     world.start_again(first)
     world.until(lambda: world.owned(first) == world.owned(second) == 1)

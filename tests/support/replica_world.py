@@ -89,7 +89,7 @@ class ReplicaWorld:
             ControlPlane(
                 folder / f"control{number}",
                 arguments=["--database", server.get_uri()],
-                environment={"COMFYFLEET_MASTER_KEY": MASTER_KEY},
+                environment={"COMFYFLEET_MASTER_KEY": MASTER_KEY, "COMFYFLEET_ALLOWED_PRIVATE_HOSTS": "127.0.0.1"},
             )
             for number in range(planes)
         ]

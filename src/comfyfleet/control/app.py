@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -248,7 +249,7 @@ def build(control: Control) -> ASGIApp:
             store=control.store,
             metrics=control.metrics,
             caller=caller,
-            condition=control.sharing.health if control.sharing is not None else dict,
+            condition=partial(condition_of, control),
         )
     )
     api.include_router(fleet.router(provider=control.routing.provider, workers=workers, caller=caller))
@@ -269,6 +270,14 @@ def build(control: Control) -> ASGIApp:
         exception_handlers=ERROR_HANDLERS,
     )
     return HotPaths(app, {**posts(routes), ("POST", "/v1/jobs"): jobs.submit})
+
+
+def condition_of(control: Control) -> insight.Condition:
+    """Whether a load balancer may send callers here."""
+    shared = control.sharing.condition() if control.sharing is not None else insight.Condition()
+    if control.durable.feed.is_closed:  # connections that are kept open may still ask
+        return insight.Condition(why_unfit="it is stopping", facts=shared.facts)
+    return shared
 
 
 async def run_loops(control: Control) -> None:

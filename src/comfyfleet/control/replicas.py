@@ -99,6 +99,12 @@ class Replicas:
             raise NotOwner(endpoint_id)
         return fence
 
+    def why_unfit(self) -> str:
+        """Why nothing can be served here now, or "": only who is on the roll may own, forward and answer."""
+        if self._tenure.is_standing(self._clock.monotonic()):
+            return ""
+        return "the database is away" if self.is_database_away else "not yet among the control planes of its database"
+
     def owned(self) -> list[int]:
         """Endpoints that this replica may act for now."""
         return [endpoint_id for endpoint_id in self._tenure.held() if self.owns(endpoint_id)]

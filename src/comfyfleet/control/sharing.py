@@ -11,12 +11,12 @@ import ssl
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import anyio
 
 from comfyfleet.clock import Clock
 from comfyfleet.control.account import Account
+from comfyfleet.control.api.insight import Condition
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.certificates import CertificateAuthority
 from comfyfleet.control.durable import DurablePlane
@@ -100,10 +100,10 @@ class Sharing:
             loops.start_soon(self.replicas.run, name="replicas")
             loops.start_soon(self.mirror.run, name="records")
 
-    def health(self) -> dict[str, Any]:
+    def condition(self) -> Condition:
         """For `/health`."""
         replicas = self.replicas
-        return {
+        facts = {
             "replica": {
                 "id": replicas.id,
                 "url": replicas.url,
@@ -112,6 +112,7 @@ class Sharing:
             },
             "database": "away" if replicas.is_database_away else "ok",
         }
+        return Condition(why_unfit=replicas.why_unfit(), facts=facts)
 
     def _trusted(self) -> ssl.SSLContext | None:
         """Our own authority beside the public ones, for replicas that serve TLS with a certificate of it."""

@@ -150,7 +150,7 @@ async def test_an_outbox_that_told_it_before_a_crash_tells_it_once(tmp_path, clo
 
 
 async def test_a_result_in_a_shape_of_its_own_is_told_and_holds_up_nobody(tmp_path, clock):
-    async with two_planes(tmp_path, clock, result='{"status": "completed", "response": 4}') as (store, plane, _):
+    async with two_planes(tmp_path, clock, result='{"status": "completed", "response": 4}') as (_, plane, _other):
         await plane.hooks.step()
         await plane.deliver()
 

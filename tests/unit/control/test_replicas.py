@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import anyio
 import pytest
 
 from comfyfleet.clock import SystemClock
 from comfyfleet.control.account import Account
+from comfyfleet.control.api.insight import Condition
+from comfyfleet.control.app import condition_of
 from comfyfleet.control.catalog import Catalog
+from comfyfleet.control.job_feed import JobFeed
 from comfyfleet.control.keys import Keyring, Vault, digest
 from comfyfleet.control.ownership import NotOwner
 from comfyfleet.control.record_mirror import RecordMirror
@@ -143,14 +148,35 @@ async def test_what_was_known_is_good_again_if_nobody_else_had_the_endpoint(worl
     away.is_away = True
     await a.step()
     assert a.is_database_away
+    assert a.why_unfit() == "", "within its lease it serves on"
     clock.jump(3.0)
     assert a.owned() == []
+    assert a.why_unfit() == "the database is away"
     await world.store.leave(before)
     away.is_away = False
     await a.step()
     assert not a.is_database_away
     assert (a.owned(), memory.loaded, memory.dropped) == ([1, 2], [1, 2], [])
     assert a.id != before
+
+
+async def test_a_load_balancer_is_told_who_can_serve(world):
+    a, _, _ = world.replica("a")
+    assert a.why_unfit() == "not yet among the control planes of its database"
+    await a.enrol()
+    assert a.why_unfit() == ""
+    await a.leave()
+    assert a.why_unfit() == "not yet among the control planes of its database"
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_control_plane_that_stops_says_so_to_whoever_still_asks(is_shared):
+    feed = JobFeed()
+    shared = SimpleNamespace(condition=lambda: Condition(facts={"database": "ok"})) if is_shared else None
+    control = SimpleNamespace(durable=SimpleNamespace(feed=feed), sharing=shared)
+    assert condition_of(control).why_unfit == ""
+    feed.close()
+    assert condition_of(control).why_unfit == "it is stopping"
 
 
 async def test_what_was_known_is_forgotten_when_another_had_the_endpoint_meanwhile(world):

@@ -39,6 +39,13 @@ class LogsBody(msgspec.Struct, kw_only=True):
     tail: int | None = None
 
 
+class Condition(msgspec.Struct, frozen=True, kw_only=True):
+    """why_unfit: why a load balancer should send nobody here now, "" while it may. facts: what more there is to say."""
+
+    why_unfit: str = ""
+    facts: dict[str, Any] = {}
+
+
 def router(
     *,
     management: Management,
@@ -47,9 +54,9 @@ def router(
     store: Store,
     metrics: Metrics,
     caller: Caller,
-    condition: Callable[[], dict[str, Any]],
+    condition: Callable[[], Condition],
 ) -> APIRouter:
-    """The routes. condition: what more `/health` says."""
+    """The routes. condition: what `/health` says."""
     routes = APIRouter(tags=["insight"])
 
     async def get_endpoint_workers(request: Request) -> JsonResponse:
@@ -107,7 +114,11 @@ def router(
         )
 
     async def health() -> JsonResponse:
-        return JsonResponse({"status": "ok", "version": __version__, "role": "control", **condition()})
+        found = condition()
+        about = {"version": __version__, "role": "control", **found.facts}
+        if found.why_unfit:
+            return JsonResponse({"status": "unavailable", "reason": found.why_unfit, **about}, status_code=503)
+        return JsonResponse({"status": "ok", **about})
 
     async def show_metrics(request: Request) -> Response:
         (await caller.principal(request)).demand(READ)
@@ -131,6 +142,6 @@ def router(
         list_decisions,
         summary="Scaling decisions with their inputs, newest first",
     )
-    add(routes, ["GET"], ["/health"], health, summary="200 while this process serves; no key")
+    add(routes, ["GET"], ["/health"], health, summary="200 while this process can serve, else 503 and why; no key")
     add(routes, ["GET"], ["/metrics"], show_metrics, summary="Prometheus metrics")
     return routes

@@ -1,6 +1,6 @@
 """Move a whole installation: every table as lines of JSON, out of one database and into another, empty one.
 
-Row by row and in one transaction at the receiving end, so a half-read file leaves an empty database. The values are
+In one transaction at the receiving end, so a half-read file leaves an empty database. The values are
 what the tables hold (secrets stay sealed), so the receiving side needs the same `master.key`.
 """
 
@@ -36,6 +36,10 @@ TABLES: dict[str, tuple[str, ...]] = {
     "job": (*sql.JOB_COLUMNS, "webhook_state"),
     "job_event": ("job_id", "seq", "at", "kind", "data"),
 }
+
+
+# Each statement that is sent alone costs a round trip; all at once would have to fit into memory.
+ROWS_AT_ONCE = 1000
 
 
 class NotEmpty(Exception):
@@ -117,13 +121,16 @@ def import_lines(connection: Connection, lines: Iterable[bytes]) -> int:
     connection.begin()
     connection.take_time()
     try:
+        rows: list[dict[str, Any]] = []
+        table = ""
         for line in incoming:
             entry = msgspec.json.decode(line, type=_Line)
-            columns = TABLES[entry.table]
-            names = ", ".join(f":{name}" for name in columns)
-            statement = f"INSERT INTO {entry.table} ({', '.join(columns)}) VALUES ({names})"  # noqa: S608
-            connection.change(statement, dict(zip(columns, entry.row, strict=True)))
+            if entry.table != table or len(rows) == ROWS_AT_ONCE:
+                _insert(connection, table, rows)
+                table, rows = entry.table, []
+            rows.append(dict(zip(TABLES[table], entry.row, strict=True)))
             count += 1
+        _insert(connection, table, rows)
         connection.commit()
     except (msgspec.DecodeError, KeyError, ValueError) as error:
         connection.rollback()
@@ -132,3 +139,10 @@ def import_lines(connection: Connection, lines: Iterable[bytes]) -> int:
         connection.rollback()
         raise
     return count
+
+
+def _insert(connection: Connection, table: str, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        columns = TABLES[table]
+        names = ", ".join(f":{name}" for name in columns)
+        connection.change_many(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({names})", rows)  # noqa: S608
