@@ -60,11 +60,11 @@ def command(
         model_bytes=model_mb << 20,
         compiles=compiles,
     )
-    can_start = True
+    hopeless = ""
 
-    def give_up() -> None:
-        nonlocal can_start
-        can_start = False
+    def give_up(reason: str) -> None:
+        nonlocal hopeless
+        hopeless = reason
         server.should_exit = True
 
     config = uvicorn.Config(
@@ -79,4 +79,6 @@ def command(
     )
     server = uvicorn.Server(config)
     server.run()
-    sys.exit(0 if server.started and can_start else 1)
+    if hopeless:
+        click.echo(hopeless, err=True)  # the last line: whoever started this engine shows it
+    sys.exit(0 if server.started and not hopeless else 1)

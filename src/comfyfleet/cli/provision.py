@@ -43,6 +43,7 @@ def command(
         _comfyui(path, find_template(nodes_of).custom_nodes if nodes_of else (), dry_run=dry_run, no_check=no_check)
         return
     found = find_template(template)
+    found.benchmark_graph()  # a plan that cannot be carried to a ready worker is told now
     folder = models_dir or default_models_dir()
     provisioner = Provisioner(
         settings=SourceSettings.from_environment(os.environ),

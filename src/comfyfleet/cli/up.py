@@ -20,6 +20,7 @@ import anyio.abc
 import click
 
 from comfyfleet import logs
+from comfyfleet.cli.template import own_template
 from comfyfleet.cli.up_installation import end_processes, held_lock, owned_processes, say_where, write_client_file
 from comfyfleet.cli.up_supervisor import ControlPlaneSupervisor, become_subreaper, listen
 from comfyfleet.cli.values import PORT
@@ -53,7 +54,12 @@ class UpOptions:
 @click.option(
     "--max-workers", type=click.IntRange(min=0), default=0, help="At most so many workers; 0 is one per GPU, or one."
 )
-@click.option("--template", default="local", show_default=True, help="Template of the first workergroup.")
+@click.option(
+    "--template",
+    default="local",
+    show_default=True,
+    help="Template of the first workergroup: name, hash, or a TOML file.",
+)
 @click.option(
     "--fleet", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Who runs workers."
 )
@@ -73,6 +79,7 @@ def command(
     logs.configure()
     if fleet == "ray" and not ray_address:
         raise click.UsageError("--fleet ray needs --ray-address HOST:PORT, the Ray head's")
+    own_template(template)  # a file of his own with a fault in it is told before anything starts
     options = UpOptions(
         data_dir=(data_dir or default_data_dir(os.environ)).resolve(),
         host=host,
@@ -208,7 +215,10 @@ async def _make_endpoint(client: Serverless, options: UpOptions) -> None:
         found = made["result"]
     groups: dict[str, Any] = await client.get("/api/v0/workergroups/")
     if not any(group["endpoint_id"] == found for group in groups["results"]):
-        await client.post("/api/v0/workergroups/", {"endpoint_id": found, "template_hash": options.template})
+        template = options.template
+        if own := own_template(template):
+            template = (await client.post("/api/v0/template/", own))["hash_id"]
+        await client.post("/api/v0/workergroups/", {"endpoint_id": found, "template_hash": template})
 
 
 async def _tell_first_worker(url: str, data_dir: Path) -> None:

@@ -6,6 +6,7 @@ import click
 
 from comfyfleet.cli.asking import Asking, asking, show, show_table
 from comfyfleet.cli.endpoint import endpoint_id
+from comfyfleet.cli.template import own_template
 
 
 @click.group()
@@ -24,12 +25,14 @@ def list_workergroups(ask: Asking) -> None:
 
 @command.command("create")
 @click.argument("endpoint")
-@click.option("--template", default="local", show_default=True, help="A template's name or hash.")
+@click.option("--template", default="local", show_default=True, help="Name, hash, or a TOML file.")
 @click.option("--search-params", default="", help='Hardware, for example "gpu_ram>=24 num_gpus=1".')
-@click.option("--gpu-ram", type=float)
+@click.option("--gpu-ram", type=float, help="GB that a new worker may have to download.")
 @asking
 def create_workergroup(ask: Asking, endpoint: str, template: str, search_params: str, gpu_ram: float | None) -> None:
     """Let an endpoint recruit workers of a template."""
+    if own := own_template(template):
+        template = ask("POST", "/api/v0/template/", own)["hash_id"]
     made = ask(
         "POST",
         "/api/v0/workergroups/",

@@ -149,7 +149,7 @@ def built_in_templates() -> list[Template]:
             created_at=0.0,
             name=template.name,
             desc=template.description,
-            env=" ".join(f"-e {shlex.quote(f'{name}={value}')}" for name, value in template.environment.items()),
+            env=template.docker_flags(),
         )
         for number, template in enumerate(shipped_templates())
     ]

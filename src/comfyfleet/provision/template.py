@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -66,6 +67,10 @@ class Template:
     custom_nodes: tuple[CustomNode, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     folder: Path | None = None
+
+    def docker_flags(self) -> str:
+        """The environment as a control plane's template has it."""
+        return " ".join(f"-e {shlex.quote(f'{name}={value}')}" for name, value in self.environment.items())
 
     def benchmark_graph(self) -> Graph | None:
         """The benchmark's graph, or None where the template has none. Raises BadRequest or WorkflowRefused."""
@@ -126,6 +131,8 @@ def parse_template(content: bytes, *, name: str, folder: Path | None = None) -> 
     if unknown:
         raise BadRequest(f"template {name}: unknown field {min(unknown)}", field=min(unknown))
     environment = _of(data, "environment", dict, {})
+    for variable in environment:
+        _of(environment, variable, (str, int, float), "", "environment.")
     return Template(
         name=name,
         hash_id=hashlib.sha256(content).hexdigest()[:32],
@@ -151,6 +158,13 @@ def _of(data: Mapping[str, Any], key: str, kind: Any, default: Any, where: str =
     return value
 
 
+def _only(entry: Mapping[str, Any], where: str, known: Set[str]) -> None:
+    """A digest under a misspelt name would never be checked."""
+    if unknown := set(entry) - known:
+        name = f"{where}{min(unknown)}"
+        raise BadRequest(f"unknown field {name}; there are {', '.join(sorted(known))}", field=name)
+
+
 def _amount(data: Mapping[str, Any], key: str, default: float) -> float:
     value = float(_of(data, key, (int, float), default))
     if not math.isfinite(value) or value < 0:  # TOML knows nan and inf
@@ -162,6 +176,7 @@ def _model(entry: Any, number: int) -> ModelFile:
     where = f"models[{number}]."
     if not isinstance(entry, Mapping):
         raise BadRequest(f"models[{number}] must be a table", field=f"models[{number}]")
+    _only(entry, where, {"url", "folder", "name", "size_bytes", "sha256"})
     url, folder = _of(entry, "url", str, "", where), _of(entry, "folder", str, "", where)
     if not url.startswith(("https://", "http://", "hf://")) or not _is_url(url):
         raise BadRequest(f"{where}url must be http(s):// or hf://", field=f"{where}url")
@@ -200,6 +215,7 @@ def _node(entry: Any, number: int) -> CustomNode:
     where = f"custom_nodes[{number}]."
     if not isinstance(entry, Mapping):
         raise BadRequest(f"custom_nodes[{number}] must be a table", field=f"custom_nodes[{number}]")
+    _only(entry, where, {"repository", "commit"})
     repository, commit = _of(entry, "repository", str, "", where), _of(entry, "commit", str, "", where)
     if not re.fullmatch(r"[0-9a-f]{40}", commit):
         raise BadRequest(f"{where}commit must be a full commit id: a branch moves", field=f"{where}commit")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from comfyfleet.cli.template import own_template
 from comfyfleet.provision.template import find_template, parse_template, shipped_templates
 from comfyfleet.wire.errors import BadRequest, NotFound, WorkflowRefused
 
@@ -60,6 +61,9 @@ def test_the_wan_template_holds_the_six_files_of_the_document() -> None:
             "models[1].name",
         ),
         ('[[custom_nodes]]\nrepository = "https://x/y"\ncommit = "main"', "custom_nodes[0].commit"),
+        ('[[models]]\nurl = "https://x/y"\nfolder = "v"\nsha265 = "a"', "models[0].sha265"),
+        (f'[[custom_nodes]]\nrepository = "https://x/y"\ncommit = "{"a" * 40}"\nref = "v1"', "custom_nodes[0].ref"),
+        ("[environment]\nFLAGS = [1]", "environment.FLAGS"),
     ],
 )
 def test_a_wrong_template_is_refused_by_the_field_that_is_wrong(text: str, field: str) -> None:
@@ -84,3 +88,16 @@ def test_a_benchmark_that_is_no_graph_is_refused_by_its_file(tmp_path: Path, con
 
     with pytest.raises((BadRequest, WorkflowRefused), match=r"mine\.json|node 1"):
         template.benchmark_graph()
+
+
+def test_a_file_of_the_users_own_is_a_template_that_a_control_plane_can_name(tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text('description = "mine"\nbenchmark = "graph.json"\n[environment]\nCOMFYUI_ARGS = "--lowvram --fast"\n')
+
+    with pytest.raises(BadRequest, match=r"graph\.json"):
+        own_template(str(own))
+    (tmp_path / "graph.json").write_text('{"1": {"class_type": "EmptyImage", "inputs": {}}}')
+
+    flags = "-e 'COMFYUI_ARGS=--lowvram --fast'"
+    assert own_template(str(own)) == {"name": str(own), "desc": "mine", "env": flags}
+    assert own_template("sd15") is None

@@ -20,6 +20,7 @@ import msgspec
 
 from comfyfleet.engine.render.messages import (
     LENGTH_BYTES,
+    CannotStart,
     Command,
     Done,
     Free,
@@ -113,9 +114,10 @@ def main() -> None:
         ensure_miniatures(settings.miniatures_dir)
         executor = make_executor(settings, settings.folders(clock, SystemIds()), clock)
     except DeviceUnusable as unusable:
-        _end(unusable.message)
-    except Exception:
-        _end(traceback.format_exc())
+        _end(channel, unusable.message)
+    except Exception as error:
+        traceback.print_exc()
+        _end(channel, f"the render process cannot start: {type(error).__name__}: {error}")
     # What was loaded by now lives as long as the process: keep it out of every later collection, which would otherwise
     # walk torch's half a million objects and hold a prompt up for some tenths of a second.
     gc.collect()
@@ -131,9 +133,9 @@ def main() -> None:
     serve(channel, executor, settings.device)
 
 
-def _end(reason: str) -> NoReturn:
-    """What cannot start says why, last of all, and ends: the thread that waits for commands would hold an exit up."""
-    print(reason.rstrip(), file=sys.stderr, flush=True)
+def _end(channel: Channel, reason: str) -> NoReturn:
+    """At once: the thread that waits for commands would hold an ordinary exit up."""
+    channel.tell(CannotStart(reason=reason))
     os._exit(1)
 
 

@@ -59,6 +59,12 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     torch_version: str
 
 
+class CannotStart(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The child ends instead of being Ready, and would the next time."""
+
+    reason: str
+
+
 class Told(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     number: int
     event: Event
@@ -71,7 +77,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 Command = Run | Stop | Free
-Report = Ready | Told | Done
+Report = Ready | CannotStart | Told | Done
 
 _encoder = msgspec.json.Encoder()
 decode_command = msgspec.json.Decoder(Command).decode

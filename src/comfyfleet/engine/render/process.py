@@ -32,11 +32,6 @@ class RenderLost(Exception):
             self.reason = f"the render process ended unexpectedly with exit code {exit_code}"
         super().__init__(self.reason)
 
-    @property
-    def ended_by_itself(self) -> bool:
-        """Not killed: at a start, one more try would end the same way."""
-        return self.exit_code is not None and self.exit_code > 0
-
 
 class RenderProcess:
     """One child. Made by `started`; `reports` ends with RenderLost."""

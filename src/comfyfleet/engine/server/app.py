@@ -29,12 +29,11 @@ from comfyfleet.ids import Ids
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
-def build(settings: RenderSettings, clock: Clock, ids: Ids, give_up: Callable[[], None]) -> Starlette:
-    """The app; its lifespan runs the engine and ends its render process. `give_up` is called when none can start."""
+def build(settings: RenderSettings, clock: Clock, ids: Ids, give_up: Callable[[str], None]) -> Starlette:
+    """The app; its lifespan runs the engine and ends its render process. `give_up` is told why none can start."""
 
     async def run(engine: Engine) -> None:
-        await engine.run()
-        give_up()
+        give_up(await engine.run())
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

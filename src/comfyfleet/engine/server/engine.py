@@ -16,7 +16,7 @@ import structlog
 from comfyfleet.clock import Clock
 from comfyfleet.engine import events
 from comfyfleet.engine.registry import Declaration
-from comfyfleet.engine.render.messages import Device, Done, Free, Ready, Report, Run, Stop, Told
+from comfyfleet.engine.render.messages import CannotStart, Device, Done, Free, Ready, Report, Run, Stop, Told
 from comfyfleet.engine.render.process import RenderLost, RenderProcess, started
 from comfyfleet.engine.render.setup import RenderSettings
 from comfyfleet.engine.server.lanes import Lanes, Running
@@ -30,6 +30,10 @@ log = structlog.get_logger()
 LOST_TYPE = "comfyfleet.RenderProcessLost"
 BUG_TYPE = "comfyfleet.EngineFailure"
 RESTART_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # after children that never became ready
+
+
+class _CannotStart(Exception):
+    """A render process said so."""
 
 
 class Engine:
@@ -55,16 +59,18 @@ class Engine:
 
     # The loop
 
-    async def run(self) -> None:
-        """Keep a render process, give it prompts. Returns only where no process can start, which it has said itself."""
+    async def run(self) -> str:
+        """Keep a render process, give it prompts. Returns only where none can start: the reason."""
         pause_s = RESTART_PAUSE_S
         while True:
             try:
                 async with started(self.settings) as child:
                     await self._serve(child)
+            except _CannotStart as hopeless:
+                if not self.ready.is_set():
+                    return str(hopeless)
+                log.error("render.cannot_start", reason=str(hopeless))
             except RenderLost as lost:
-                if not self.ready.is_set() and lost.ended_by_itself:
-                    return
                 log.error("render.lost", reason=lost.reason, exit_code=lost.exit_code)
             except Exception:
                 log.exception("engine.loop_failed")
@@ -77,6 +83,8 @@ class Engine:
     async def _serve(self, child: RenderProcess) -> None:
         reports = child.reports()
         ready = await anext(reports)
+        if isinstance(ready, CannotStart):
+            raise _CannotStart(ready.reason)
         if not isinstance(ready, Ready):
             raise RuntimeError(f"the render process spoke before it was ready: {type(ready).__name__}")
         self.declarations, self.devices = ready.declarations, ready.devices

@@ -110,6 +110,7 @@ class Supervisor:
             await wait_until_answering(slot.client, self._clock)
             reason = await canary.sing(slot.client, clock=self._clock, ids=self._ids)
             if reason is not None:
+                await self._clock.sleep(_LAST_WORDS_S)  # one that is about to end says more
                 raise _Ended(FaultKind.ENGINE_LOST, reason)
         if waiting.cancelled_caught:
             raise _Ended(FaultKind.ENGINE_LOST, f"no answer within {START_TIMEOUT_S:g} s")
