@@ -132,6 +132,10 @@ class Lifecycle:
         self._workers.add(worker, now, is_persisted=True)
         return worker
 
+    def under_way(self) -> frozenset[int]:
+        """Workers that a step of ours is at: what the provider says of them meanwhile is half the truth."""
+        return frozenset(self._under_way)
+
     async def apply(self, action: Action) -> None:
         """Begin what was decided for one worker."""
         worker = self._workers.get(action.worker_id)
@@ -204,6 +208,8 @@ class Lifecycle:
             self._workers.change(worker.id, now, intent="")
 
     def _restart(self, worker: Worker, state: WorkerState) -> None:
+        if worker.id in self._under_way:
+            return  # a new life that nobody starts would disown the one that is being started: decided again soon
         now = self._clock.now()
         group = self._catalog.workergroup(worker.group_id)
         generation = group.update_generation if group is not None else worker.generation

@@ -99,13 +99,15 @@ class Reconciler:
     async def step(self) -> None:
         """One pass over everything."""
         now = self._clock.now()
+        were_under_way = self._lifecycle.under_way()
         present = await self._present()
         async for worker in self._workers.each():
             if self._workers.look(worker, now):
                 log.info("worker.silent", worker=worker.id)
             self._lifecycle.advance(worker)
             if (current := self._workers.get(worker.id)) is not None:
-                self._check(current, present.get(worker.id), now)
+                is_settled = worker.id not in were_under_way | self._lifecycle.under_way()
+                self._check(current, present.get(worker.id), now, is_settled=is_settled)
         self._lifecycle.end_unknown(present)
         endpoints = self._catalog.endpoints()
         self._pass += 1
@@ -139,8 +141,11 @@ class Reconciler:
         self._policies.pop(endpoint_id, None)
         self._said.pop(endpoint_id, None)
 
-    def _check(self, worker: Worker, present: FleetWorker | None, now: float) -> None:
-        """Find out if it died, fell silent or takes too long; learn from it if it became ready."""
+    def _check(self, worker: Worker, present: FleetWorker | None, now: float, *, is_settled: bool) -> None:
+        """Find out if it died, fell silent or takes too long; learn from it if it became ready.
+
+        is_settled: nothing was being done with it while the provider was asked; else it may well be seen stopped.
+        """
         if not self._ownership.owns(worker.endpoint_id):
             return
         if present is not None and present.price_hour and present.price_hour != worker.price_hour:
@@ -156,7 +161,7 @@ class Reconciler:
             now=now,
             download_gb=group.gpu_ram if group is not None else 0.0,
         )
-        if problem:
+        if problem and is_settled:
             before = worker.state
             lost = self._workers.load(worker.id).clear()
             has_lost_machine = present is not None and present.presence is Presence.LOST

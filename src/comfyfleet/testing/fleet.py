@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import anyio
+
 from comfyfleet.clock import Clock
 from comfyfleet.control.fleet.base import FleetEvent, FleetNode, FleetWorker, NoCapacity, Presence, WorkerSpec
 from comfyfleet.wire.errors import NotFound
@@ -24,6 +26,8 @@ class FakeFleet:
         self.specs: dict[int, WorkerSpec] = {}
         self.calls: list[tuple[str, int]] = []
         self.trouble = ""
+        self.starting = anyio.Event()  # what a start waits for; set: it does not
+        self.starting.set()
 
     @property
     def capacity(self) -> int | None:
@@ -49,6 +53,7 @@ class FakeFleet:
     async def start(self, spec: WorkerSpec) -> None:
         if spec.id not in self._workers:
             raise NotFound("this worker does not exist here", worker_id=spec.id)
+        await self.starting.wait()
         if self._workers[spec.id].presence is not Presence.RUNNING:
             self.calls.append(("start", spec.id))
             self._run(spec)

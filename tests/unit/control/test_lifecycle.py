@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anyio
 import msgspec
 import pytest
 
@@ -125,6 +126,25 @@ async def test_deleting_an_endpoint_lets_running_work_end_first(tmp_path):
         assert during == [1]
         assert world.worker_ids() == []
         assert ("destroy", 1) in world.fleet.calls
+
+
+async def test_a_worker_whose_restart_takes_long_is_seen_stopped_meanwhile_and_that_is_no_failure(tmp_path):
+    async with RoutingWorld(tmp_path, cold_workers=1, max_workers=1, min_load=0.5) as world:
+        await world.tick()
+        world.report(1)
+        world.fleet.lose(1)
+        world.fleet.starting = anyio.Event()
+        await world.run(20)
+        meanwhile = (world.states(), world.plane.workers.get(1).failures, world.plane.workers.get(1).incarnation)
+
+        world.fleet.starting.set()
+        await world.run(5)
+        started = world.fleet.specs[1].incarnation
+        world.report(1, incarnation=started)
+
+        assert meanwhile[:2] == (["rebooting"], 0)
+        assert started == meanwhile[2], "the life that was started is the one that is listened to"
+        assert world.states() == ["idle"]
 
 
 async def test_a_process_that_dies_takes_its_worker_out_at_once_and_it_is_restarted(tmp_path):
