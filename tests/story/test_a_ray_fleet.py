@@ -86,7 +86,7 @@ def kill_the_control_plane(world: RayWorld) -> None:
     world.submit()
 
 
-def lose_the_head(world: RayWorld, nodes: list[str]) -> None:
+def lose_the_head(world: RayWorld, homes: list[str]) -> None:
     """Workers serve on; nothing new starts, and the state says why; the next head finds them as they were."""
     lives, running = world.incarnations(), {process.pid for process in world.processes()}
     world.cluster.kill_head()
@@ -103,16 +103,16 @@ def lose_the_head(world: RayWorld, nodes: list[str]) -> None:
     assert [row["status"] for row in rows] == ["idle"] * WORKERS
     assert "Ray" in world.fleet("nodes")["trouble"]
 
-    for node in nodes:
+    for node in list(world.cluster.nodes):
         world.cluster.end_node(node)
     world.cluster.start_head()
-    for node in nodes:
+    for node in homes:
         world.cluster.start_node(node, labels="dph_total=1.0")
     until(lambda: world.fleet("nodes")["trouble"] == "", LIMIT_S, tell=lambda: str(world.fleet("nodes")))
 
     def is_adopted() -> bool:
         free = {row["name"]: row["free_gpus"] for row in world.fleet("nodes")["nodes"] if row["is_alive"]}
-        return sum(free.get(node, 0) for node in nodes) == 2 * len(nodes) - WORKERS
+        return sum(free.get(node, 0) for node in homes) == 2 * len(homes) - WORKERS
 
     until(is_adopted, LIMIT_S, tell=lambda: str(world.fleet("nodes")))
     assert world.incarnations() == lives
@@ -156,8 +156,8 @@ def break_it(world: RayWorld, fault: str, dice: random.Random) -> None:
             freeze_a_node(world, dice.choice(homes))
         case "worker":
             kill_a_worker(world, dice)
-        case "head":  # machines with workers come back first, or others take the workers' names meanwhile
-            lose_the_head(world, homes + sorted(set(world.cluster.nodes) - set(homes)))
+        case "head":
+            lose_the_head(world, homes)
         case "plane":
             kill_the_control_plane(world)
     one_life_each(world)

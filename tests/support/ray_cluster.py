@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -72,8 +73,8 @@ class RayCluster:
     def start(self, *, nodes: dict[str, int], labels: str = "") -> RayCluster:
         """nodes: GPUs by name. labels: of all of them."""
         self.start_head()
-        for name, gpus in nodes.items():
-            self.start_node(name, gpus=gpus, labels=labels)
+        with ThreadPoolExecutor() as together:
+            list(together.map(lambda one: self.start_node(one[0], gpus=one[1], labels=labels), nodes.items()))
         return self
 
     def start_head(self) -> None:
@@ -98,7 +99,7 @@ class RayCluster:
         the wheel lacks.
         """
         if not self.autoscaler:
-            return []
+            return ["--no-monitor"]
         config = {
             "cluster_name": "fake",
             "max_workers": 2,
@@ -175,7 +176,7 @@ class RayCluster:
                 [
                     *(sys.executable, "-m", "ray.scripts.scripts", "start", *arguments),
                     *(f"--object-store-memory={MEMORY}", "--disable-usage-stats"),
-                    *("--min-worker-port=0", "--max-worker-port=0"),
+                    *("--min-worker-port=0", "--max-worker-port=0", "--include-log-monitor=false"),
                 ],
                 env=environment,
                 capture_output=True,
