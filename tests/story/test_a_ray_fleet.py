@@ -102,6 +102,10 @@ def lose_the_head(world: RayWorld, homes: list[str]) -> None:
     rows = world.workers()
     assert [row["status"] for row in rows] == ["idle"] * WORKERS
     assert "Ray" in world.fleet("nodes")["trouble"]
+    world.want(WORKERS + 1)
+    until(lambda: "nothing new starts until it answers" in world.decisions(), LIMIT_S, tell=world.decisions)
+    assert {process.pid for process in world.processes()} == running
+    world.want(WORKERS)
 
     for node in list(world.cluster.nodes):
         world.cluster.end_node(node)

@@ -23,6 +23,7 @@ class RayWorld:
     def __init__(self, folder: Path, cluster: RayCluster) -> None:
         self.cluster = cluster
         self.numbers = iter(range(1, 1_000_000))
+        self.endpoint_id = 0
         self.jobs: dict[str, int] = {}  # id -> the number of its picture
         self.ledger = folder / "renders.log"
         command = f"{sys.executable} -m comfyfleet.testing.fake_engine --job-s 0.02 --ledger {self.ledger}"
@@ -40,7 +41,9 @@ class RayWorld:
     def start(self) -> RayWorld:
         self.plane.start()
         body = {"endpoint_name": "comfy", "cold_workers": WORKERS, "max_workers": WORKERS, "min_load": 1e9}
-        assert self.plane.call("POST", "/api/v0/endptjobs/", {**body, "max_queue_time": 30})[0] == 200
+        status, answer = self.plane.call("POST", "/api/v0/endptjobs/", {**body, "max_queue_time": 30})
+        assert status == 200, answer
+        self.endpoint_id = answer["result"]
         group = {"endpoint_name": "comfy", "template_hash": "local", "search_params": "dph_total<=1.5"}
         assert self.plane.call("POST", "/api/v0/workergroups/", group)[0] == 200
         self.until_whole()
@@ -53,6 +56,14 @@ class RayWorld:
 
     def workers(self) -> list[dict]:
         return self.fleet("workers")["workers"]
+
+    def want(self, workers: int) -> None:
+        body = {"cold_workers": workers, "max_workers": workers}
+        assert self.plane.call("PUT", f"/api/v0/endptjobs/{self.endpoint_id}/", body)[0] == 200
+
+    def decisions(self) -> str:
+        """What was decided for the endpoint, and why."""
+        return str(self.plane.call("GET", f"/v1/endpoints/{self.endpoint_id}/decisions")[1])
 
     def until_whole(self) -> None:
         """As many workers Ready as wanted, each running somewhere."""
