@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -159,8 +160,9 @@ def test_scaling_keeps_what_it_is_told_to_keep(
 def test_pictures_are_inverted_blurred_batched_and_taken_out(world: EngineWorld) -> None:
     nodes = world.registry
     ramp = torch.linspace(0, 1, 16).expand(2, 8, 16)[..., None].expand(-1, -1, -1, 3)
-    (inverted,) = nodes["ImageInvert"].function(None, image=ramp)
-    (blurred,) = nodes["ImageBlur"].function(None, image=ramp, blur_radius=2, sigma=1.0)
+    run = SimpleNamespace(folders=world.folders, check_stop=lambda: None)
+    (inverted,) = nodes["ImageInvert"].function(run, image=ramp)
+    (blurred,) = nodes["ImageBlur"].function(run, image=ramp, blur_radius=2, sigma=1.0)
     (batch,) = nodes["ImageBatch"].function(None, image1=ramp, image2=torch.ones(1, 32, 32, 3))
     (repeated,) = nodes["RepeatImageBatch"].function(None, image=ramp, amount=3)
     (taken,) = nodes["ImageFromBatch"].function(None, image=batch, batch_index=9, length=4)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from comfyfleet.engine.nodes import all_nodes
+from comfyfleet.engine.nodes.pieces import join
 from comfyfleet.engine.nodes.scaling import scale
-from comfyfleet.engine.nodes.vae import join
 from comfyfleet.engine.registry import Interrupted
 from comfyfleet.engine.values import ConditioningEntry, Latent
 from support.engine_world import EngineWorld, node
@@ -156,6 +157,20 @@ def test_a_long_film_takes_a_pieces_memory_and_is_a_tensor_like_any_other(tmp_pa
     assert film[:, 7, 7, 7].tolist() == [float(value) for value in range(60)]
     assert torch.equal(film[40:42] + 1, film[41:43])
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_long_film_is_changed_in_a_few_frames_memory(tmp_path: Path) -> None:
+    frames = torch.arange(60.0).view(60, 1, 1, 1).expand(60, 512, 512, 3)  # 180 MiB if it were written out
+    peaks: list[int] = []
+    folders = EngineWorld(tmp_path).folders
+    run = SimpleNamespace(folders=folders, check_stop=lambda: peaks.append(own_memory_bytes()))
+
+    before = own_memory_bytes()
+    (film,) = NODES["ImageInvert"].function(run, image=frames)
+
+    assert len(peaks) == 12, "of 5 frames each"
+    assert max(peaks) - before < 150 << 20
+    assert film[:, 200, 100, 1].tolist() == [1.0 - value for value in range(60)]
 
 
 def test_a_film_that_breaks_off_leaves_no_file(tmp_path: Path) -> None:

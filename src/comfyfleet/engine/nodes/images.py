@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from comfyfleet.engine.media.pictures import load_picture, metadata_texts, save_png, save_webp
+from comfyfleet.engine.nodes.pieces import changed
 from comfyfleet.engine.nodes.scaling import scale
 from comfyfleet.engine.registry import (
     METADATA,
@@ -75,10 +76,13 @@ def image_scale(
     """A side of 0 keeps the proportions; both 0 keep the picture."""
     if width == 0 and height == 0:
         return (image,)
-    samples = image.movedim(-1, 1)
-    width = width or max(1, round(samples.shape[3] * height / samples.shape[2]))
-    height = height or max(1, round(samples.shape[2] * width / samples.shape[3]))
-    return (scale(samples, width, height, upscale_method, crop).movedim(1, -1),)
+    new_width = width or max(1, round(image.shape[2] * height / image.shape[1]))
+    new_height = height or max(1, round(image.shape[1] * new_width / image.shape[2]))
+
+    def scaled(frames: Tensor) -> Tensor:
+        return scale(frames.movedim(-1, 1), new_width, new_height, upscale_method, crop).movedim(1, -1)
+
+    return (changed(run, image, scaled),)
 
 
 @NODES.node(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from comfyfleet.engine.nodes.pieces import changed
 from comfyfleet.engine.nodes.scaling import scale
 from comfyfleet.engine.registry import NodeRegistry, NodeRun, integer, link, real
 
@@ -19,7 +20,7 @@ NODES = NodeRegistry()
     display_name="Invert Image",
 )
 def invert(run: NodeRun, *, image: Tensor) -> tuple[Tensor]:
-    return (1.0 - image,)
+    return (changed(run, image, lambda frames: 1.0 - frames),)
 
 
 @NODES.node(
@@ -37,8 +38,12 @@ def blur(run: NodeRun, *, image: Tensor, blur_radius: int, sigma: float) -> tupl
     side = torch.linspace(-1.0, 1.0, 2 * blur_radius + 1)
     bell = torch.exp(-(side[:, None] ** 2 + side[None, :] ** 2) / (2.0 * sigma**2))
     kernel = (bell / bell.sum()).expand(image.shape[-1], 1, -1, -1)
-    padded = torch.nn.functional.pad(image.movedim(-1, 1), [blur_radius] * 4, mode="reflect")
-    return (torch.nn.functional.conv2d(padded, kernel, groups=image.shape[-1]).movedim(1, -1),)
+
+    def blurred(frames: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(frames.movedim(-1, 1), [blur_radius] * 4, mode="reflect")
+        return torch.nn.functional.conv2d(padded, kernel, groups=frames.shape[-1]).movedim(1, -1)
+
+    return (changed(run, image, blurred),)
 
 
 @NODES.node(

@@ -1,26 +1,17 @@
-"""Between latents and what is seen or heard.
-
-A film is decoded piece by piece, and a long one is put into a file without a name as it comes: working memory does not
-grow with its length. What comes out is an IMAGE like any other; its pages are read when a node looks at a frame.
-"""
+"""Between latents and what is seen or heard. A film is decoded piece by piece (`nodes.pieces`)."""
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable, Iterator
-
-import torch
 from torch import Tensor
 
 from comfyfleet.engine.media.resampling import resample
+from comfyfleet.engine.nodes.pieces import join, until_stopped
 from comfyfleet.engine.registry import NodeRegistry, NodeRun, link
 from comfyfleet.engine.values import Audio, AudioAutoencoder, Autoencoder, Latent
 from comfyfleet.wire.errors import ModelFileUnusable
 
 NODES = NodeRegistry()
 VAE_RATE_HZ = 44100
-IN_MEMORY_BYTES = 64 << 20  # a film of up to this stays in memory
 
 
 @NODES.node(
@@ -38,39 +29,6 @@ def vae_decode(run: NodeRun, *, samples: Latent, vae: Autoencoder) -> tuple[Tens
     if not isinstance(vae, Autoencoder):
         raise ModelFileUnusable("vae is an autoencoder of sound: VAEDecodeAudio decodes with it", node_input="vae")
     return (join(until_stopped(run, vae.decode(samples.samples)), run.folders.scratch_path),)
-
-
-def until_stopped(run: NodeRun, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The pieces, for as long as nobody stops the run: a film is stopped within one latent frame."""
-    for piece in pieces:
-        run.check_stop()
-        yield piece
-
-
-def join(pieces: Iterator[Tensor], scratch: Callable[[], str], in_memory_bytes: int = IN_MEMORY_BYTES) -> Tensor:
-    """IMAGE batches in order to one; `scratch` names a file that nobody has, for more than `in_memory_bytes`."""
-    waiting: list[Tensor] = []
-    held_bytes = 0
-    for piece in pieces:
-        waiting.append(piece.detach().to("cpu", torch.float32))
-        held_bytes += waiting[-1].nbytes
-        if held_bytes > in_memory_bytes:
-            return _joined_in_file(waiting, pieces, scratch())
-    return waiting[0] if len(waiting) == 1 else torch.cat(waiting)
-
-
-def _joined_in_file(waiting: list[Tensor], more: Iterator[Tensor], path: str) -> Tensor:
-    """The pieces that wait, and those still to come, mapped from a file that goes with the tensor."""
-    shape, count = waiting[0].shape[1:], 0
-    waiting.reverse()
-    try:
-        with open(path, "wb") as file:
-            while (piece := waiting.pop() if waiting else next(more, None)) is not None:
-                file.write(piece.detach().to("cpu", torch.float32).contiguous().numpy().data)
-                count += len(piece)
-        return torch.from_file(path, shared=False, size=count * math.prod(shape)).view(count, *shape)
-    finally:
-        os.unlink(path)
 
 
 @NODES.node(
