@@ -52,39 +52,48 @@ def until_no_worker_is_left(world) -> None:
         time.sleep(0.1)
 
 
-def test_checklist_57_the_benchmark_commands_own_code_measures_a_worker_and_tidies_up(world):
-    told, seen, left = run_vastai(
+def test_checklist_57_the_benchmark_command_searches_asks_measures_and_tidies_up(world):
+    _, listing = world.plane.call("GET", "/api/v0/template/")
+    template = next(row["hash_id"] for row in listing["templates"] if row["name"] == "local")
+
+    rows, seen, skipped = run_vastai(
         """
+        import argparse, contextlib, io
         from vastai.cli.commands import benchmarks
         benchmarks.WORKER_POLL_INTERVAL = 0.1
-        vast, seen, made = VastAI(KEY, server_url=BASE), [], (set(), set())
-        asked = vast.get_endpoint_workers
+        seen, asked = [], VastAI.get_endpoint_workers
 
-        def noted(endpoint_id):
-            rows = asked(endpoint_id)
-            for row in rows if isinstance(rows, list) else []:
+        def noted(self, endpoint_id):
+            found = asked(self, endpoint_id)
+            for row in found if isinstance(found, list) else []:
                 state = [row["status"], row["measured_perf"] > 0]
                 if state not in seen:
                     seen.append(state)
-            return rows
+            return found
 
-        vast.get_endpoint_workers = noted
-        told = await asyncio.to_thread(
-            benchmarks.benchmark_gpu, vast, gpu_name="RTX 4090", num_gpus=1, timeout=150, template_hash="local",
-            workergroups=made[0], endpoints=made[1], class_states={},
-        )
-        RESULT = told, seen, [sorted(one) for one in made]
+        VastAI.get_endpoint_workers = noted
+        told = io.StringIO()
+        with contextlib.redirect_stderr(told):
+            rows = await asyncio.to_thread(benchmarks.run__benchmarks, argparse.Namespace(
+                template_hash=TEMPLATE, template_id=None, gpus="64x RTX_4090, RTX_4090", num_gpus=None, timeout=150,
+                no_cache=False, yes=True, raw=True, auto_instance=None, autoscaler_url=None,
+                api_key=KEY, url=BASE, retry=3,
+            ))
+        RESULT = rows, seen, told.getvalue()
     """,
         base=world.plane.base,
         key=world.plane.key,
+        TEMPLATE=template,
     )
 
-    assert told[:3] == ["RTX 4090", 1, "ok"], (told, seen)
-    assert told[3] > 0
-    assert left == [[], []], "its workergroup and its endpoint are deleted"
+    assert {row["num_gpus"]: row["status"] for row in rows} == {1: "ok", 64: "skipped"}, (rows, seen, skipped)
+    assert max(row["measured_perf"] or 0 for row in rows) > 0
+    assert "no offers for RTX 4090 (num_gpus=64)" in skipped
+    assert "failed to fetch" not in skipped, "the price of a worker is known"
     assert ["idle", True] in seen
     assert ["idle", False] not in seen
     until_no_worker_is_left(world)
+    assert world.plane.call("GET", "/api/v0/endptjobs/")[1]["results"] == [], "its endpoint is deleted"
 
 
 def test_checklist_60_work_under_way_gets_its_result_before_the_deleted_endpoints_worker_stops(world):

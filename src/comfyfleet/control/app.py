@@ -26,7 +26,7 @@ from starlette.types import ASGIApp
 
 from comfyfleet.clock import Clock, SystemClock
 from comfyfleet.control.account import Account, WorkerEnvironment, WorkersStorage, built_in_templates
-from comfyfleet.control.api import account, certificates, endpoints, fleet, insight, templates, workergroups
+from comfyfleet.control.api import account, certificates, endpoints, fleet, insight, market, templates, workergroups
 from comfyfleet.control.api.calling import ERROR_HANDLERS, Caller
 from comfyfleet.control.api.hot_paths import HotPaths, posts
 from comfyfleet.control.api.jobs import JobApi
@@ -253,6 +253,9 @@ def build(control: Control) -> ASGIApp:
         )
     )
     api.include_router(fleet.router(provider=control.routing.provider, workers=workers, caller=caller))
+    api.include_router(
+        market.router(provider=control.routing.provider, workers=workers, catalog=control.catalog, caller=caller)
+    )
     jobs = JobApi(
         plane=control.durable,
         store=control.store,

@@ -126,6 +126,7 @@ class Whose:
             ("DELETE", re.compile(r"/api/v0/(?:workergroups|autojobs)/\d{1,18}/?"), by_group),
             ("DELETE", re.compile(r"/v1/workers/\d{1,18}"), by_worker),
             ("GET", re.compile(r"/v1/workers/\d{1,18}/logs"), by_worker),
+            ("GET", re.compile(r"/api/v0/instances/\d{1,18}/?"), by_worker),
         ]
 
     def rule(self, method: str, path: str) -> Rule | None:

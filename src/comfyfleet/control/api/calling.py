@@ -21,7 +21,7 @@ from comfyfleet.control.store.connection import ConnectionLost
 from comfyfleet.web import NOT_JSON, JsonResponse, bearer_key, control_error
 from comfyfleet.wire.errors import BadRequest, FleetError, InvalidArguments, PayloadTooLarge, Unavailable
 
-T = TypeVar("T", bound=msgspec.Struct)
+T = TypeVar("T")
 MAX_BODY_BYTES = 32 * 1024 * 1024
 
 log = structlog.get_logger()
@@ -41,7 +41,7 @@ async def read_body(request: Request, limit_bytes: int = MAX_BODY_BYTES) -> byte
 
 
 def parse(raw: bytes, kind: type[T]) -> T:
-    """A body as a struct; an empty one is `{}`. Raises BadRequest, or InvalidArguments naming the field."""
+    """A body as a struct or a dict; an empty one is `{}`. Raises BadRequest, or InvalidArguments naming the field."""
     try:
         return msgspec.json.decode(raw or b"{}", type=kind, strict=True)
     except msgspec.ValidationError as error:

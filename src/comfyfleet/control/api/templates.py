@@ -9,7 +9,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from comfyfleet.control.api.calling import Caller, add, given
+from comfyfleet.control.api.market import selected
 from comfyfleet.control.management import Management
+from comfyfleet.control.market import template_rows
 from comfyfleet.web import JsonResponse
 
 
@@ -53,7 +55,7 @@ def router(management: Management, caller: Caller) -> APIRouter:
 
     async def list_templates(request: Request) -> JsonResponse:
         principal = await caller.principal(request)
-        found = management.templates(principal)
+        found = template_rows(management.templates(principal), selected(request))
         return JsonResponse({"success": True, "templates": found, "templates_found": len(found), "results": found})
 
     async def create_template(request: Request) -> JsonResponse:

@@ -44,7 +44,7 @@ def is_fit(search: Search, node: FleetNode) -> bool:
         # "two GPUs" asks for room for two, not for a machine that has just two.
         if field == "num_gpus" and node.gpus < gpus_wanted(search):
             return False
-        if field != "num_gpus" and not all(_holds(value, operator, wanted) for operator, wanted in clauses.items()):
+        if field != "num_gpus" and not all(holds(value, operator, wanted) for operator, wanted in clauses.items()):
             return False
     return node.gpus >= gpus_wanted(search)
 
@@ -57,7 +57,8 @@ def _least(clauses: Mapping[str, Any], *, default: float) -> float:
     return float(min(options)) if options else default
 
 
-def _holds(value: Any, operator: str, wanted: Any) -> bool:
+def holds(value: Any, operator: str, wanted: Any) -> bool:
+    """One clause of a query, held against a value."""
     if operator in ("in", "notin"):
         options = wanted if isinstance(wanted, list | tuple) else [wanted]
         return any(_same(value, option) for option in options) is (operator == "in")
