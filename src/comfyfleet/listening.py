@@ -159,7 +159,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 async def serve(app: ASGIApp, listener: socket.socket) -> None:
     """One more application inside a task group, until cancelled."""
-    config = server_config(app, interface="asgi3", timeout_keep_alive=75)
+    config = server_config(app, interface="asgi3", proxy_headers=False, timeout_keep_alive=75)
     await QuietServer(config).serve(sockets=[listener])
 
 

@@ -191,7 +191,7 @@ async def serve(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cloc
             files=FilesMount(root=settings.folders.output_dir, signer=worker.kit.signer),
             beside=files_and_hooks(worker.kit, upload_max_bytes=settings.fetch.input_max_bytes),
         )
-        server = QuietServer(server_config(app, timeout_graceful_shutdown=2))
+        server = QuietServer(server_config(app, proxy_headers=False, timeout_graceful_shutdown=2))
         # What was loaded stays: collecting it again and again costs a waiting caller tens of milliseconds each time.
         gc.collect()
         gc.freeze()
@@ -309,7 +309,8 @@ def _stages(kit: Kit, pool: EnginePool, renders: RenderedJobs, operator_webhook:
         target = job.request.webhook
         if target.url or operator_webhook:
             result = _result_decoder.decode(finished.body)
-            await kit.notify.finished(result, target, scope=job.scope, occurrence=f"{job.accepted_at:.6f}")
+            with anyio.CancelScope(shield=True):  # a job that ended is told of, also while the worker stops
+                await kit.notify.finished(result, target, scope=job.scope, occurrence=f"{job.accepted_at:.6f}")
 
     async def follow(job: Job) -> None:
         try:

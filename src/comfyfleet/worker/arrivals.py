@@ -21,7 +21,7 @@ class Arrivals:
     def __init__(self, book: JobBook, journal: Journal) -> None:
         self._book = book
         self._journal = journal
-        self._decided: dict[Job, anyio.Event] = {}
+        self._decided: dict[Job, anyio.Event | None] = {}  # an event where somebody waits
 
     def __len__(self) -> int:
         return len(self._decided)
@@ -29,15 +29,15 @@ class Arrivals:
     async def known(self, scope: str, key: str) -> Job | None:
         """A job by its key; one that is being written only once that is done, since it may fail."""
         while (job := self._book.find(scope, key)) is not None and job in self._decided:
-            await self._decided[job].wait()
+            decided = self._decided[job] = self._decided[job] or anyio.Event()
+            await decided.wait()
         return job
 
     async def accept(self, job: Job) -> None:
         """Write down a job that is entered in the book. Raises DiskFull; then it was never there."""
-        decided = self._decided[job] = anyio.Event()
+        self._decided[job] = None
         try:
-            with anyio.CancelScope(shield=True):
-                await self._journal.accept(job)
+            await self._journal.accept(job)
         except (sqlite3.Error, OSError) as problem:
             self._forget(job)
             raise DiskFull("the worker cannot write its journal") from problem
@@ -45,8 +45,9 @@ class Arrivals:
             self._forget(job)
             raise
         finally:
-            del self._decided[job]
-            decided.set()
+            decided = self._decided.pop(job)
+            if decided is not None:
+                decided.set()
 
     def _forget(self, job: Job) -> None:
         """Whoever found it by its id meanwhile waits no more."""

@@ -7,7 +7,7 @@ webhook: numbered from 1, kept with the job, replayed from any number.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,8 +52,7 @@ class EventLog:
     def __init__(self, first_number: int = 1) -> None:
         self.events: list[RunEvent] = []
         self._next = first_number
-        self._grown = anyio.Event()
-        self._readers = 0
+        self._grown: anyio.Event | None = None  # made by the first reader that waits
         self.closed = False
 
     def add(self, at: float, status: RunStatus, message: str, **facts: Any) -> RunEvent:
@@ -81,12 +80,9 @@ class EventLog:
     async def more(self, after: int, at_most_s: float = math.inf) -> list[RunEvent]:
         """Events numbered above `after`; waits for the first of them, the end or `at_most_s`."""
         if not self.closed and not self._has_more(after):
-            self._readers += 1
-            try:
-                with anyio.move_on_after(at_most_s):
-                    await self._grown.wait()
-            finally:
-                self._readers -= 1
+            self._grown = self._grown or anyio.Event()
+            with anyio.move_on_after(at_most_s):
+                await self._grown.wait()
         return [one for one in self.events if one.number > after]
 
     def is_read(self, after: int) -> bool:
@@ -97,9 +93,9 @@ class EventLog:
         return bool(self.events) and self.events[-1].number > after
 
     def _wake(self) -> None:
-        if self._readers:
+        if self._grown is not None:
             self._grown.set()
-            self._grown = anyio.Event()
+            self._grown = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +134,7 @@ class Job:
     watch: PromptWatch | None = None
     done: anyio.Event = field(default_factory=anyio.Event)
     finished: Finished | None = None
+    followers: list[Callable[[Job], None]] = field(default_factory=list)  # told of the end by the service
     scope_of_run: anyio.CancelScope | None = None  # while its task is at it
     stopped_by: FleetError | None = None
     callers: int = 0  # connections that wait for the end
@@ -157,6 +154,13 @@ class Job:
     @property
     def last_word(self) -> str:
         return self.events.events[-1].message if self.events.events else ""
+
+    def when_ended(self, tell: Callable[[Job], None]) -> None:
+        """Call `tell` at the end, after those who wait for the answer have it; at once for a finished job."""
+        if self.finished is None:
+            self.followers.append(tell)
+        else:
+            tell(self)
 
     def stop(self, reason: FleetError) -> None:
         """Ask the run to end with `reason`; the first reason stays."""

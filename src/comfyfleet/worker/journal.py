@@ -97,7 +97,10 @@ class Journal:
         self._db.executescript(schema)
 
     async def write(self, change: Callable[[sqlite3.Connection], Returned], *, durable: bool = True) -> Returned:
-        """Run `change` on the writer's connection and commit; it is undone when it raises. No I/O in it but SQL."""
+        """Run `change` on the writer's connection and commit; it is undone when it raises. No I/O in it but SQL.
+
+        Being cancelled takes effect only after it.
+        """
         if not durable and self._writes.empty() and self._turn.acquire(blocking=False):
             # Nothing waits and nothing is synced: the commit takes less than the way to the thread and back.
             try:
@@ -111,13 +114,9 @@ class Journal:
             return cast(Returned, value)
         write = _Write(change, durable)
         self._writes.put(write)
-        try:
-            found: Returned = await asyncio.shield(write.future)
-        except asyncio.CancelledError:
-            # It is written all the same; nobody waits for it any more.
-            write.future.add_done_callback(lambda future: future.cancelled() or future.exception())
-            raise
-        return found
+        with anyio.CancelScope(shield=True):  # it is written all the same: who is cancelled meanwhile leaves thereafter
+            await write.future
+        return cast(Returned, write.future.result())
 
     def _sync_soon(self, loop: asyncio.AbstractEventLoop) -> None:
         if not self._sync_is_due:

@@ -320,17 +320,16 @@ class JobService:
 
     async def _finish(self, job: Job, finished: Finished) -> None:
         now = self._clock.now()
-        with anyio.CancelScope(shield=True):
-            # The webhook is promised first: after a crash in between, promising again changes nothing.
-            try:
-                await self._stages.notify(job, finished)
-            except Exception:  # the stage boundary: a webhook that cannot be promised must not lose the result
-                log.exception("webhook.not_promised", job=job.id)
-            try:
-                await self._journal.finish(job, finished, now)
-            except (sqlite3.Error, OSError):
-                # A full disk, most likely. The caller gets the result; a restart would run the job again.
-                log.exception("journal.not_written", job=job.id)
+        # The webhook is promised first: after a crash in between, promising again changes nothing.
+        try:
+            await self._stages.notify(job, finished)
+        except Exception:  # the stage boundary: a webhook that cannot be promised must not lose the result
+            log.exception("webhook.not_promised", job=job.id)
+        try:
+            await self._journal.finish(job, finished, now)
+        except (sqlite3.Error, OSError):
+            # A full disk, most likely. The caller gets the result; a restart would run the job again.
+            log.exception("journal.not_written", job=job.id)
         job.finished = finished
         self._book.retire(job)
         job.events.close()
@@ -338,6 +337,8 @@ class JobService:
         # Who waits goes first, and uvloop writes at the end of a turn: the log and the figures follow in the next one.
         await checkpoint()
         await checkpoint()
+        while job.followers:
+            job.followers.pop()(job)
         self._on_finished(job, now - job.accepted_at)
         log.info(
             "job.finished",

@@ -15,11 +15,10 @@ its end, whoever hangs up, because the control plane must learn what became of i
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import anyio
-import anyio.abc
 import msgspec
 import structlog
 from starlette.datastructures import Headers
@@ -50,7 +49,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class TicketedServer:
-    """An ASGI application. `run` follows the jobs it started and closes expired sessions."""
+    """An ASGI application. `run` closes expired sessions."""
 
     def __init__(
         self,
@@ -77,7 +76,6 @@ class TicketedServer:
         self._on_success = on_success
         self._max_body_bytes = max_body_bytes
         self._tickets: TicketChecker | None = None
-        self._followers: anyio.abc.TaskGroup | None = None
         self._followed: set[Job] = set()
 
     async def side(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,9 +91,7 @@ class TicketedServer:
         self._tickets = tickets
 
     async def run(self) -> None:
-        async with anyio.create_task_group() as followers:
-            self._followers = followers
-            await self._sessions.close_expired()
+        await self._sessions.close_expired()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -177,10 +173,8 @@ class TicketedServer:
             raise
         if session is None:
             self._follow(job, claims)
-        elif self._followers is not None:
-            self._followers.start_soon(self._until_session_job_ends, job, session)
         else:
-            self._sessions.job_ended(session)
+            job.when_ended(partial(self._session_job_ended, session))
         if path == "/generate/sync":
             await self._routes.answer_sync(job, headers, scope, receive, send)
         elif path == "/generate/stream":
@@ -190,20 +184,18 @@ class TicketedServer:
 
     def _follow(self, job: Job, claims: TicketClaims) -> None:
         """Book the job's cost until its end. A repeat that joined a followed job is already booked."""
-        if self._followers is None or job in self._followed:
+        if job in self._followed:
             return
         self._book.begin(reqnum=claims.reqnum, request_idx=claims.request_idx, cost=claims.cost, now=self._clock.now())
         self._on_change()
         self._followed.add(job)
-        self._followers.start_soon(self._until_end, job, claims.reqnum, job.is_final)
+        job.when_ended(partial(self._job_ended, claims.reqnum, job.is_final))
 
-    async def _until_session_job_ends(self, job: Job, session: Session) -> None:
-        await job.done.wait()
+    def _session_job_ended(self, session: Session, _job: Job) -> None:
         self._sessions.job_ended(session)
         self._on_change()
 
-    async def _until_end(self, job: Job, reqnum: int, is_replay: bool) -> None:
-        await job.done.wait()
+    def _job_ended(self, reqnum: int, is_replay: bool, job: Job) -> None:
         self._followed.discard(job)
         http_status = job.finished.http_status if job.finished else 503
         status = {200: "Success", 499: "Cancelled"}.get(http_status, "Error")
