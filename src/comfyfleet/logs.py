@@ -26,7 +26,7 @@ def mask_secrets(_logger: object, _method: str, event: MutableMapping[str, Any])
     for key, value in event.items():
         if _names_a_secret(key) and value not in (None, ""):
             event[key] = "***"
-        elif isinstance(value, str):
+        elif isinstance(value, str) and "=" in value:
             event[key] = _SECRET_QUERY.sub(r"\1***", value)
     return event
 
@@ -42,7 +42,6 @@ def configure(*, level: str = "info", stream: TextIO | None = None) -> None:
     pretty = target.isatty()
     structlog.configure(
         processors=[
-            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             mask_secrets,

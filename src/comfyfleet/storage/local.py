@@ -29,6 +29,7 @@ class LocalStorage:
     def __init__(self, root: Path, base_url: str, signer: UrlSigner, clock: Clock) -> None:
         self.root = root
         self.drafts = root / DRAFTS
+        self._root = str(root)
         self._base_url = base_url.rstrip("/").removesuffix("/files")
         self._signer = signer
         self._clock = clock
@@ -58,7 +59,11 @@ class LocalStorage:
 
     def path(self, key: str) -> Path:
         """Where the key's file is."""
-        return self.root / checked_key(key)
+        return Path(self.place_of(key))
+
+    def place_of(self, key: str) -> str:
+        """The same as text, for a caller in a hurry."""
+        return f"{self._root}/{checked_key(key)}"
 
 
 def place(source: Path, target: Path, copy: bool) -> None:
@@ -81,7 +86,7 @@ def place(source: Path, target: Path, copy: bool) -> None:
             draft.unlink()
 
 
-def place_bytes(data: bytes, target: Path, drafts: Path | None = None) -> None:
+def place_bytes(data: bytes, target: str | Path, drafts: Path | None = None) -> None:
     """Make `target` hold these bytes, at once or not at all. Blocking.
 
     drafts: a folder on the same disk to write in first. A file's first home decides what its making costs: in a folder

@@ -273,10 +273,10 @@ def _stages(kit: Kit, pool: EnginePool, renders: RenderedJobs, operator_webhook:
 
     def expect_outputs(folder: str, graph: Graph) -> None:
         with suppress(OSError):  # storing makes them too, and tells
-            place = kit.local.path(folder)
+            place = kit.local.place_of(folder)
             os.mkdir(place)
             for below in expected_folders(graph):
-                os.makedirs(place / below, exist_ok=True)
+                os.makedirs(f"{place}/{below}", exist_ok=True)
 
     async def keep_render(job: Job, rendered: Rendered) -> None:
         outputs = {"outputs": rendered.entry.outputs}
@@ -298,8 +298,8 @@ def _stages(kit: Kit, pool: EnginePool, renders: RenderedJobs, operator_webhook:
         try:
             return await kit.store_outputs.run(entry, request_id=folder, request=request, folders=folders)
         finally:
-            place = folders["output"].parent
-            if place.parent == pulled:  # downloaded for this job alone
+            place = os.path.dirname(folders["output"])
+            if os.path.dirname(place) == str(pulled):  # downloaded for this job alone
                 await anyio.to_thread.run_sync(shutil.rmtree, place, True)
 
     async def resign(outputs: list[OutputEntry], request: GenerateInput) -> None:

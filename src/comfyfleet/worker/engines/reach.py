@@ -63,7 +63,7 @@ async def pull_outputs(client: EngineClient, entry: Mapping[str, Any], folder: P
         if named.text is not None or target is None:
             continue
         query = {"filename": named.filename, "subfolder": named.subfolder, "type": named.type}
-        if not await client.view(query, target):
+        if not await client.view(query, Path(target)):
             gone.add(named.node_id)
     return gone
 

@@ -6,6 +6,7 @@ ComfyUI's nodes put what they made under any key they like (`images` holds video
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,11 +86,11 @@ def _of_key(node_id: str, key: str, value: object) -> Iterator[NamedFile]:
                 yield NamedFile(node_id=node_id, output_type=key, filename=path.name, subfolder=folder)
 
 
-def located(named: NamedFile, folders: Mapping[str, Path]) -> Path | None:
+def located(named: NamedFile, folders: Mapping[str, Path]) -> str | None:
     """Where the file should be, if its name stays inside the folder of its type. Links are followed by the opener."""
     relative = named.path
     root = folders.get(named.type)
-    return None if relative is None or root is None else root / relative
+    return None if relative is None or root is None else os.path.join(root, relative)
 
 
 def writes_in_place(entry: Mapping[str, Any]) -> bool:

@@ -35,15 +35,15 @@ class StoredFile:
     peaks: list[float] | None
 
 
-def is_quick(source: Path | None) -> bool:
+def is_quick(source: str | None) -> bool:
     """A picture so small that the way to a thread and back costs more than the work (half a millisecond)."""
-    if source is None or not source.name.lower().endswith(_QUICK_SUFFIXES):
+    if source is None or not source.lower().endswith(_QUICK_SUFFIXES):
         return False
     return os.stat(source).st_size <= _QUICK_BYTES
 
 
 def keep(
-    source: Path | None, text: str | None, target: Path, *, folder: Path | None, drafts: Path, copy: bool
+    source: str | None, text: str | None, target: str, *, folder: Path | None, drafts: Path, copy: bool
 ) -> StoredFile:
     """Place one file at `target` and look at it. Blocking; raises OSError.
 
@@ -57,7 +57,7 @@ def keep(
             if size < COPY_BELOW_BYTES:
                 data = _whole(handle, size)
             else:
-                place(real, target, copy)
+                place(Path(real), Path(target), copy)
         finally:
             os.close(handle)
     if data is not None:  # small: read once, for all that is to be done with it
@@ -76,7 +76,7 @@ def keep(
     )
 
 
-def _opened(source: Path, folder: Path) -> tuple[int, Path, int]:
+def _opened(source: str, folder: Path) -> tuple[int, str, int]:
     """A handle, the file's real path and its size. Raises FileNotFoundError for what a link leads out of `folder`."""
     handle = os.open(source, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not keep us waiting for its writer
     try:
@@ -84,11 +84,11 @@ def _opened(source: Path, folder: Path) -> tuple[int, Path, int]:
         # Of the very file that is open; asking by its name again costs a look at each folder on the way.
         real = os.readlink(f"/proc/self/fd/{handle}") if _HAS_PROC else os.path.realpath(source, strict=True)
         if not stat.S_ISREG(facts.st_mode) or not real.startswith(_real_folder(folder)):
-            raise FileNotFoundError(source.name)
+            raise FileNotFoundError(os.path.basename(source))
     except BaseException:
         os.close(handle)
         raise
-    return handle, Path(real), facts.st_size
+    return handle, real, facts.st_size
 
 
 def _whole(handle: int, size: int) -> bytes:
@@ -104,15 +104,15 @@ def _real_folder(folder: Path) -> str:
     return os.path.join(os.path.realpath(folder), "")
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: str) -> str:
     digest = hashlib.sha256()
     buffer = bytearray(_HASH_BYTES)
-    with path.open("rb", buffering=0) as file:
+    with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
 
 
-def poster_path(path: Path) -> Path:
+def poster_path(path: str) -> str:
     """Where the still of a film is kept: beside it."""
-    return path.with_name(path.name + POSTER_SUFFIX)
+    return path + POSTER_SUFFIX

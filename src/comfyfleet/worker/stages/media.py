@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import mimetypes
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,12 +52,12 @@ class MediaFacts:
     sample_rate: int | None = None
 
 
-def media_facts(path: Path, data: bytes | None = None) -> MediaFacts:
+def media_facts(path: str | Path, data: bytes | None = None) -> MediaFacts:
     """Look at a file, or at its `data` where that was read already.
 
     Never raises for what is in it; raises OSError when it cannot be read.
     """
-    mime = sniffed_type(path) if data is None else type_of_bytes(data[:_HEAD_BYTES], path.name)
+    mime = sniffed_type(path) if data is None else type_of_bytes(data[:_HEAD_BYTES], os.path.basename(path))
     family = mime.partition("/")[0]
     if mime == "image/png" and data is not None and (size := _still_png_size(data)):
         return MediaFacts(kind="image", mime=mime, width=size[0], height=size[1])
@@ -67,11 +68,11 @@ def media_facts(path: Path, data: bytes | None = None) -> MediaFacts:
     return MediaFacts(kind="text" if family == "text" or mime == "application/json" else "file", mime=mime)
 
 
-def sniffed_type(path: Path) -> str:
+def sniffed_type(path: str | Path) -> str:
     """The media type by the first bytes, else by the name, else octet-stream."""
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         head = file.read(_HEAD_BYTES)
-    return type_of_bytes(head, path.name)
+    return type_of_bytes(head, os.path.basename(path))
 
 
 def type_of_bytes(head: bytes, name: str) -> str:
@@ -136,7 +137,7 @@ def _still_png_size(data: bytes) -> tuple[int, int] | None:
     return (width, height) if 0 < width < 2**31 and 0 < height < 2**31 else None
 
 
-def _image_facts(source: Path | io.BytesIO, mime: str) -> MediaFacts:
+def _image_facts(source: str | Path | io.BytesIO, mime: str) -> MediaFacts:
     facts = MediaFacts(kind="image", mime=mime)
     try:
         with Image.open(source) as image:  # reads the header only
@@ -146,7 +147,7 @@ def _image_facts(source: Path | io.BytesIO, mime: str) -> MediaFacts:
         return facts
 
 
-def _container_facts(path: Path, mime: str) -> MediaFacts:
+def _container_facts(path: str | Path, mime: str) -> MediaFacts:
     family = mime.partition("/")[0]
     try:
         with av.open(str(path)) as container:
@@ -181,7 +182,7 @@ def _is_cover(stream: object) -> bool:
     return bool(disposition is not None and "attached_pic" in str(disposition).lower())
 
 
-def poster(path: Path) -> bytes | None:
+def poster(path: str | Path) -> bytes | None:
     """A JPEG of the film's first frame, at most 512 pixels wide or high; None when it cannot be decoded."""
     try:
         with av.open(str(path)) as container:
@@ -196,7 +197,7 @@ def poster(path: Path) -> bytes | None:
     return None
 
 
-def peaks(path: Path, duration_s: float | None) -> list[float] | None:
+def peaks(path: str | Path, duration_s: float | None) -> list[float] | None:
     """200 peaks between 0 and 1 over the whole length, for drawing a waveform; None when unknown or too long."""
     if not duration_s or duration_s > _PEAKS_MAX_S:
         return None

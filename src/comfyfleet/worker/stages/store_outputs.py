@@ -8,6 +8,7 @@ into media run in threads, a few at a time.
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -73,7 +74,7 @@ class StoreOutputs:
         outputs = [
             OutputEntry(
                 filename=one.filename.replace("\\", "/").rsplit("/", 1)[-1],
-                local_path=str(self._local.path(key)) if key else "",
+                local_path=self._local.place_of(key) if key else "",
                 type=one.type,
                 subfolder=one.subfolder,
                 node_id=one.node_id,
@@ -110,7 +111,7 @@ class StoreOutputs:
         if self._open(request.s3)[0] is None:
             return False
         sources = (located(one, folders) for one in named_files(entry))
-        return any(source.stat().st_size > PART_BYTES for source in sources if source is not None and source.is_file())
+        return any(os.path.getsize(one) > PART_BYTES for one in sources if one is not None and os.path.isfile(one))
 
     async def resign(self, outputs: Sequence[OutputEntry], *, request: GenerateInput) -> None:
         """New links, in place, for a result that is read later."""
@@ -140,7 +141,7 @@ class StoreOutputs:
             output.error = "the node named a file outside the engine's folders"
             output.upload_error = ""
             return
-        target = self._local.path(key)
+        target = output.local_path
         try:
             with room_on_disk():
                 keeping = partial(
@@ -167,9 +168,9 @@ class StoreOutputs:
         if remote is not None:
             try:
                 async with self._lanes[where.is_own_store, stored.size_bytes > PART_BYTES]:
-                    await remote.put(target, key, media_type=stored.facts.mime, sha256=stored.sha256)
+                    await remote.put(Path(target), key, media_type=stored.facts.mime, sha256=stored.sha256)
                     if stored.has_poster:
-                        await remote.put(poster_path(target), key + POSTER_SUFFIX, media_type="image/jpeg")
+                        await remote.put(Path(poster_path(target)), key + POSTER_SUFFIX, media_type="image/jpeg")
             except StorageFailed as problem:
                 output.upload_error, remote = str(problem), None
             except Exception:  # the stage boundary: a store's own bug costs the upload, not the job
@@ -238,7 +239,7 @@ def missing_files(entry: Mapping[str, Any], folders: Mapping[str, Path]) -> list
     gone = []
     for one in named_files(entry):
         source = located(one, folders)
-        if one.text is None and source is not None and not source.is_file():
+        if one.text is None and source is not None and not os.path.isfile(source):
             gone.append(one)
     return gone
 
