@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from functools import lru_cache
 from typing import Any, TextIO
 
@@ -19,6 +19,9 @@ _SECRET_KEY = re.compile(
     r"(secret|token|password|api_key|authorization|access_key|signature|credential)", re.IGNORECASE
 )
 _SECRET_QUERY = re.compile(r"((?:api_key|signature|X-Amz-[A-Za-z]+|token)=)[^&\s\"']+", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(r"secret|token|password|passwd|credential|(^|_)key(_id)?$", re.IGNORECASE)
+_USERINFO = re.compile(r"(://)[^/\s@]+@")
+_SHORTEST_SECRET = 6  # what is shorter stands in too many other words
 
 
 def mask_secrets(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -29,6 +32,15 @@ def mask_secrets(_logger: object, _method: str, event: MutableMapping[str, Any])
         elif isinstance(value, str) and "=" in value:
             event[key] = _SECRET_QUERY.sub(r"\1***", value)
     return event
+
+
+def without_secrets(text: str, environment: Mapping[str, str]) -> str:
+    """What a child said that had `environment`, without the values of its secret variables and the logins in URLs."""
+    values = {value for name, value in environment.items() if _SECRET_VARIABLE.search(name)}
+    for value in sorted(values, key=len, reverse=True):
+        if len(value) >= _SHORTEST_SECRET:
+            text = text.replace(value, "***")
+    return _SECRET_QUERY.sub(r"\1***", _USERINFO.sub(r"\1***@", text))
 
 
 @lru_cache(maxsize=1024)  # the keys are those of the source

@@ -58,16 +58,17 @@ def test_a_full_disk(tmp_path: Path):
 
 def test_a_provisioning_script_that_fails_is_never_ready(tmp_path: Path):
     script = tmp_path / "provision.sh"
-    script.write_text("echo fetching\necho 'no such bucket' >&2\nexit 7\n")
+    script.write_text('echo fetching with $HF_TOKEN\necho "no such bucket for $HF_TOKEN" >&2\nexit 7\n')
 
-    with OneWorker(tmp_path, PROVISIONING_SCRIPT=str(script)) as fleet:
+    with OneWorker(tmp_path, PROVISIONING_SCRIPT=str(script), HF_TOKEN="hf_swordfish") as fleet:
         row = fleet.row_when(lambda row: row["error_msg"])
         log = fleet.model_log_with("[ERROR]")
 
     assert row["status"] == "error"
-    assert row["error_msg"] == "provisioning: the provisioning script ended with code 7: no such bucket"
+    assert row["error_msg"] == "provisioning: the provisioning script ended with code 7: no such bucket for ***"
     assert "[ERROR] Provisioning Script failed with exit code 7" in log
     assert "BACKENDS_READY" not in log
+    assert "fetching with ***\n" in log
 
 
 def test_a_provisioning_script_by_url_runs_before_the_engine_does(tmp_path: Path):

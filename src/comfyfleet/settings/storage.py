@@ -61,7 +61,7 @@ class StorageSettings:
         """What the operator probably did not mean, or ""."""
         if self.s3 is None or not self.s3.missing:
             return ""
-        return f"outputs are kept here and not in S3, since {' and '.join(self.s3.missing)} is not set"
+        return f"outputs are kept here and not in S3; not set: {', '.join(self.s3.missing)}"
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> StorageSettings:

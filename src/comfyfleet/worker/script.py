@@ -20,6 +20,7 @@ import structlog
 from anyio.streams.text import TextReceiveStream
 
 from comfyfleet.fetching.fetcher import FetchLimits, GuardedFetcher
+from comfyfleet.logs import without_secrets
 from comfyfleet.wire.errors import FleetError, ProvisionFailed
 from comfyfleet.worker.model_log import ModelLog
 
@@ -70,6 +71,12 @@ class ProvisioningScript:
             raise ProvisionFailed(f"PROVISIONING_SCRIPT: {problem.message}", reason="script") from problem
         return into.getvalue()
 
+    def _told(self, line: str) -> str:
+        """A line as it may be seen: it goes into the model log here, and as a reason to whoever sees the worker."""
+        line = without_secrets(line.strip(), self.env)
+        self.model_log.line(line)
+        return line
+
     async def _execute(self, path: Path, on_line: Callable[[str], None]) -> tuple[int, str]:
         """Exit code and last line. Cancelled, it takes the script's whole process group along."""
         process = await anyio.open_process(
@@ -79,12 +86,12 @@ class ProvisioningScript:
         try:
             if process.stdout is not None:
                 async for text in TextReceiveStream(process.stdout, errors="replace"):
-                    *lines, rest = (rest + text).split("\n")
-                    for line in (line.strip() for line in lines):
-                        self.model_log.line(line)
-                        last = line or last
+                    # A progress bar goes back to the line's beginning, for ever.
+                    *lines, rest = (rest + text).replace("\r", "\n").split("\n")
+                    for line in lines:
+                        last = self._told(line) or last
                         on_line(last)
-            return await process.wait(), rest.strip() or last
+            return await process.wait(), (self._told(rest) if rest else "") or last
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
