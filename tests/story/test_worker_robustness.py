@@ -5,6 +5,7 @@ One real worker over one fake engine process serves the whole file; what needs a
 
 from __future__ import annotations
 
+import aiohttp
 import anyio
 import pytest
 
@@ -91,6 +92,35 @@ async def test_every_refusal_has_the_one_shape_and_carries_the_callers_id(worker
     assert (wrong_method[0], refused[1]["id"], private[1]["id"]) == (405, "own", "mine")
     assert long_name[1]["error"]["details"]["field"] == "path.job_id"
     assert private[1]["error"]["details"]["field"] == "input.webhook.url"
+
+
+@pytest.mark.parametrize(
+    ("headers", "named"),
+    [
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, "Content-Encoding"),
+        ({"Content-Type": "text/plain"}, "Content-Type"),
+    ],
+)
+@pytest.mark.parametrize("in_chunks", [True, False])
+async def test_a_body_that_is_not_plain_json_is_refused_by_its_header(worker, headers, named, in_chunks):
+    async def chunks():
+        yield b'{"input": {}}'
+
+    body = chunks() if in_chunks else b'{"input": {}}'
+    async with (
+        aiohttp.ClientSession() as caller,
+        caller.post(worker.base_url + "/generate/sync", headers=headers, data=body) as answer,
+    ):
+        assert (answer.status, (await answer.json())["error"]["details"]["header"]) == (400, named)
+
+
+async def test_a_prefix_from_windows_costs_no_second_render(worker):
+    before = len(worker.ledger)
+    status, answer = await worker.generate(picture(77, prefix="windows\\picture"))
+
+    assert (status, answer["output"][0]["filename"]) == (200, "picture_00001_.png")
+    assert answer["output"][0]["url"].partition("?")[0].endswith("/windows/picture_00001_.png")
+    assert len(worker.ledger) - before == 2  # its start and its end
 
 
 async def test_an_id_that_leaves_the_output_folder_is_refused_and_writes_nothing(worker):

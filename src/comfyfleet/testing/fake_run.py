@@ -6,6 +6,7 @@ events: `execution_success` goes out before the history entry is stored, `execut
 
 from __future__ import annotations
 
+import glob
 import os
 import signal
 import threading
@@ -23,6 +24,9 @@ Item = tuple[float, str, dict[str, Any], dict[str, Any], list[str]]
 
 class _Interrupted(Exception):
     """The run was stopped."""
+
+
+_LONGEST_STEM = 240  # of a file's name: with a counter and an ending, what a file system takes
 
 
 class _NodeFault(Exception):
@@ -244,7 +248,10 @@ class FakeWorker(threading.Thread):
         else:
             self._work(work_s)
         saves = NODES[name].saves
-        return self._save(saves, values, prompt, node_id) if saves else {}
+        try:
+            return self._save(saves, values, prompt, node_id) if saves else {}
+        except (OSError, ValueError) as problem:  # a name that no file can have
+            raise _NodeFault(type(problem).__name__, str(problem)) from problem
 
     def _load(self, name: str) -> None:
         path = self._folders["input"] / name
@@ -280,13 +287,17 @@ class FakeWorker(threading.Thread):
         self, saves: tuple[str, str, str], values: dict[str, Any], prompt: dict[str, Any], node_id: str
     ) -> dict[str, Any]:
         key, extension, kind = saves
-        prefix = str(values.get("filename_prefix", "ComfyUI_temp_fake"))
+        prefix = os.path.normpath(str(values.get("filename_prefix", "ComfyUI_temp_fake")))
         subfolder, _, stem = prefix.rpartition("/")
         folder = self._folders[kind] / subfolder
+        if prefix.startswith(("/", "../")) or len(stem) > _LONGEST_STEM:
+            raise ValueError(
+                "Saving image outside the output folder is not allowed." if len(prefix) < 99 else "too long"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         counter = f"{kind}/{prefix}"
         if counter not in self._counters:
-            self._counters[counter] = len(list(folder.glob(f"{stem}_*_.{extension}")))
+            self._counters[counter] = len(list(folder.glob(f"{glob.escape(stem)}_*_.{extension}")))
         self._counters[counter] += 1
         self._mark("saved", prefix)
         filename = f"{stem}_{self._counters[counter]:05}_.{extension}"

@@ -7,6 +7,7 @@ or a node's title, is text and stays text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,6 +35,11 @@ _KNOWN: Mapping[str, frozenset[str]] = {
 _FILE_NAMES = frozenset({"image", "mask", "audio", "video", "file", "latent", "model_file", "audio_file", "image_path"})
 _URLS, _DATA = ("http://", "https://", "s3://"), ("data:",)
 _SCHEMES = (*_URLS, *_DATA)
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+# They say where a message goes and how long it is.
+_FETCHERS_OWN = frozenset(
+    {"host", "connection", "content-length", "transfer-encoding", "te", "trailer", "upgrade", "expect", "range"}
+)
 _UPLOAD_MARKS = ("image_upload", "audio_upload", "video_upload", "file_upload", "animated_image_upload")
 
 
@@ -137,6 +143,8 @@ def _explicit(place: FileReference, value: Mapping[str, Any]) -> FileReference:
         raise place.refused("an object here must be {url, headers?, filename?} or {base64, filename?}")
     if not isinstance(headers, Mapping) or not all(isinstance(text, str) for text in headers.values()):
         raise place.refused("headers must be an object of texts")
+    if reason := unfit_headers(headers):
+        raise place.refused(reason)
     if url and not url.lower().startswith(("http://", "https://", "s3://")):
         raise place.refused("url must begin with http://, https:// or s3://")
     return replace(
@@ -146,6 +154,18 @@ def _explicit(place: FileReference, value: Mapping[str, Any]) -> FileReference:
         filename=filename,
         headers={str(name): text for name, text in headers.items()},
     )
+
+
+def unfit_headers(headers: Mapping[str, str]) -> str | None:
+    """Why a caller's headers must not be sent with a fetch, or None. Never their values, which are secret."""
+    for name, text in headers.items():
+        if not _HEADER_NAME.fullmatch(name):
+            return "headers: a name holds what no header's name may hold"
+        if any(letter in text for letter in "\r\n\0"):
+            return f"headers: the value of {name} holds a line break or a zero byte"
+        if name.lower() in _FETCHERS_OWN:
+            return f"headers: {name} is not the caller's to set"
+    return None
 
 
 def unfit_name(name: str) -> str | None:

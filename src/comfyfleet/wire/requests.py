@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from comfyfleet.wire.errors import BadRequest, Unprocessable
+from comfyfleet.wire.file_inputs import unfit_headers
 from comfyfleet.wire.generation import REQUEST_ID, GenerateInput, S3Target
 
 _FIELD = re.compile(r" - at `\$\.?([^`]*)`")
@@ -67,6 +68,9 @@ def check_request(request: GenerateInput) -> None:
     for field in ("deadline_s", "max_queue_wait_s", "expires_s"):
         if getattr(request, field) < 0:
             raise BadRequest(f"{field} must not be negative", field=f"input.{field}")
+    for index, credential in enumerate(request.credentials):
+        if reason := unfit_headers(credential.headers):
+            raise BadRequest(f"credentials[{index}].{reason}", field=f"input.credentials[{index}].headers")
 
 
 def check_s3(target: S3Target, *, has_keys: bool, has_bucket: bool) -> None:

@@ -115,6 +115,10 @@ def test_an_object_says_what_it_is() -> None:
         {"url": "https://a", "base64": "aGk="},
         {"url": 5},
         {"url": "https://a", "headers": {"a": 1}},
+        {"url": "https://a", "headers": {"a": "b\r\nHost: c"}},
+        {"url": "https://a", "headers": {"a b": "c"}},
+        {"url": "https://a", "headers": {"Host": "c"}},
+        {"url": "https://a", "headers": {"content-length": "5"}},
     ],
 )
 def test_an_object_that_says_nothing_is_refused(value: dict) -> None:

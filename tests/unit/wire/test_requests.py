@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from comfyfleet.wire.errors import BadRequest
-from comfyfleet.wire.generation import GenerateInput
+from comfyfleet.wire.generation import GenerateInput, UrlCredential
 from comfyfleet.wire.requests import check_request, parse_payload
 
 GRAPH = {"1": {"class_type": "SaveImage", "inputs": {"images": ["2", 0]}}}
@@ -32,6 +32,17 @@ def test_an_id_that_is_no_plain_name_is_refused(request_id):
 def test_there_must_be_exactly_one_kind_of_work(request_):
     with pytest.raises(BadRequest):
         check_request(request_)
+
+
+@pytest.mark.parametrize("headers", [{"a": "secret\r\nX: b"}, {"": "secret"}, {"Host": "secret"}, {"Range": "secret"}])
+def test_headers_that_no_fetch_may_carry_are_refused_by_field_and_untold(headers):
+    good = UrlCredential(url_prefix="https://a.test/", headers={"Authorization": "Bearer ü"})
+    bad = UrlCredential(url_prefix="https://a.test/", headers=headers)
+    with pytest.raises(BadRequest) as refusal:
+        check_request(GenerateInput(workflow_json=GRAPH, credentials=(good, bad)))
+
+    assert refusal.value.details["field"] == "input.credentials[1].headers"
+    assert "secret" not in str(refusal.value.as_dict())
 
 
 def test_blanks_are_not_given_and_what_is_the_callers_own_keeps_them():

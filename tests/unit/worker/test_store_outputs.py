@@ -235,6 +235,51 @@ async def test_base64_comes_only_when_asked_for_and_under_the_cap(engine: AnEngi
     assert asked[1].url
 
 
+async def test_names_that_differ_in_a_letter_links_cannot_hold_are_all_kept_and_none_over_another(engine) -> None:
+    """A prefix from Windows is one name here, backslash and all; a line break is a letter like others."""
+    names = ["video\\film.txt", "video/film.txt", "two\nlines.txt", "two\tlines.txt", "two_lines.txt"]
+    for name in names:
+        engine.path(name).write_text(name)
+
+    outputs = await engine.store(
+        {
+            "9": {
+                "files": [
+                    {"filename": name.rpartition("/")[2], "subfolder": name.rpartition("/")[0], "type": "output"}
+                    for name in names
+                ]
+            }
+        }
+    )
+
+    assert [Path(output.local_path).read_text() for output in outputs] == names
+    assert len({output.local_path for output in outputs}) == len(names)
+    assert "/files/job-1/video/film.txt?" in outputs[0].url
+    assert not any("%0A" in output.url or "%5C" in output.url for output in outputs)
+
+
+async def test_a_type_that_is_no_folder_cannot_put_a_file_anywhere(engine: AnEngine) -> None:
+    engine.path("a.txt").write_text("mine")
+    named = {"filename": "a.txt", "subfolder": ""}
+
+    kept, stray = await engine.store(
+        {"9": {"files": [{**named, "type": "output"}, {**named, "type": "../../../elsewhere"}]}}
+    )
+
+    assert Path(kept.local_path).read_text() == "mine"
+    assert stray.error
+
+
+async def test_a_film_whose_name_has_no_room_for_a_posters_comes_without_one(engine: AnEngine) -> None:
+    name = "x" * 251 + ".mp4"
+    a_film(engine.path(name))
+
+    [output] = await engine.store({"9": {"images": [{"filename": name, "subfolder": "", "type": "output"}]}})
+
+    assert (output.error, output.kind, output.poster_url) == ("", "video", "")
+    assert Path(output.local_path).stat().st_size == output.size_bytes
+
+
 async def test_a_missing_file_says_so_and_the_others_are_kept(engine: AnEngine) -> None:
     a_picture(engine.path("there.png"))
     named = {"1": {"images": [{"filename": "gone.png", "type": "output"}, {"filename": "there.png", "type": "output"}]}}

@@ -51,10 +51,13 @@ class Guard:
                 raise Unauthorized("this worker needs its key: Authorization: Bearer <COMFYFLEET_WORKER_KEY>")
         else:
             check_same_machine(headers.get("host", ""), headers.get("origin", ""))
-        if scope["method"] in ("POST", "PUT", "PATCH") and headers.get("content-length", "0") != "0":
+        has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        if scope["method"] in ("POST", "PUT", "PATCH") and has_body:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind not in _BODY_TYPES:
                 raise BadRequest("Content-Type must be application/json", header="Content-Type")
+            if headers.get("content-encoding", "identity").strip().lower() != "identity":
+                raise BadRequest("bodies must not be compressed", header="Content-Encoding")
 
 
 @lru_cache(maxsize=256)

@@ -33,11 +33,20 @@ class NamedFile:
     text: str | None = None
 
     @cached_property
+    def as_named(self) -> str:
+        """`<subfolder>/<filename>`, letter for letter."""
+        return f"{self.subfolder}/{self.filename}" if self.subfolder else self.filename
+
+    @cached_property
     def path(self) -> str | None:
-        """`<subfolder>/<filename>` as a plain relative path, or None for one that tries to leave its folder."""
-        text = f"{self.subfolder}/{self.filename}" if self.subfolder else self.filename
+        """The same as a plain relative path, or None for one that tries to leave its folder.
+
+        A backslash separates here, as the author of a prefix from Windows (`video\\film`) meant it; what is no visible
+        letter would break links and headers.
+        """
+        text = "".join(letter if letter >= " " and letter != "\x7f" else "_" for letter in self.as_named)
         text = text.replace("\\", "/")
-        if "\0" in text or text.startswith("/") or (len(text) > 1 and text[1] == ":"):
+        if "\0" in self.as_named or text.startswith("/") or (len(text) > 1 and text[1] == ":"):
             return None
         parts = [part for part in text.split("/") if part not in ("", ".")]
         if not parts or ".." in parts or len(text.encode()) > 700:
@@ -87,10 +96,12 @@ def _of_key(node_id: str, key: str, value: object) -> Iterator[NamedFile]:
 
 
 def located(named: NamedFile, folders: Mapping[str, Path]) -> str | None:
-    """Where the file should be, if its name stays inside the folder of its type. Links are followed by the opener."""
-    relative = named.path
+    """Where the file should be, if its name stays inside the folder of its type. Links are followed by the opener.
+
+    A backslash is a letter like others here: that is how an engine on this system wrote it.
+    """
     root = folders.get(named.type)
-    return None if relative is None or root is None else os.path.join(root, relative)
+    return None if named.path is None or root is None else os.path.join(root, named.as_named)
 
 
 def writes_in_place(entry: Mapping[str, Any]) -> bool:

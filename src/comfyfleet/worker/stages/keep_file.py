@@ -5,6 +5,7 @@ A small file is read once, for all that is to be done with it; a large one is li
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -64,16 +65,28 @@ def keep(
         place_bytes(data, target, drafts)
         size = len(data)
     facts = media_facts(target, data)
-    picture = poster(target) if facts.kind == "video" else None
-    if picture is not None:
-        place_bytes(picture, poster_path(target), drafts)
+    has_poster = facts.kind == "video" and _keep_poster(target, drafts)
     return StoredFile(
         size_bytes=size,
         sha256=hashlib.sha256(data).hexdigest() if data is not None else _sha256(target),
         facts=facts,
-        has_poster=picture is not None,
+        has_poster=has_poster,
         peaks=peaks(target, facts.duration_s) if facts.kind == "audio" else None,
     )
+
+
+def _keep_poster(film: str, drafts: Path) -> bool:
+    """Put a still beside the film; False where there is none to be had, or its name would be too long."""
+    picture = poster(film)
+    if picture is None:
+        return False
+    try:
+        place_bytes(picture, poster_path(film), drafts)
+    except OSError as problem:
+        if problem.errno != errno.ENAMETOOLONG:
+            raise
+        return False
+    return True
 
 
 def _opened(source: str, folder: Path) -> tuple[int, str, int]:

@@ -219,14 +219,14 @@ def storage_keys(named: Sequence[NamedFile], request_id: str) -> list[str]:
     """`<request_id>/<sub-folders>/<name>` for each, "" for a name that leaves its folder; two files never share one."""
     owner: dict[str, tuple[str, str, str | None]] = {}
     keys = []
-    for one in named:
+    for index, one in enumerate(named):
         relative = one.path
         if relative is None:
             keys.append("")
             continue
-        what = (one.type, relative, one.text)
-        # A temp file may have an output file's name; then its type, and at last its node, tells them apart.
-        for middle in ("", f"{one.type}/", f"node-{one.node_id}/"):
+        what = (one.type, one.as_named, one.text)
+        # A temp file may have an output file's name; then its type, and at last its place, tells them apart.
+        for middle in ("", f"{one.type}/" if one.type.isalnum() else f"{index}/", f"{index}/"):
             key = f"{request_id}/{middle}{relative}"
             if owner.setdefault(key, what) == what:
                 break
