@@ -153,7 +153,7 @@ async def test_kill_9_in_the_middle_of_an_upload_costs_no_part_that_arrived_and_
             assert f"/{s3.bucket}/killed/film/big_00001_.bin?" in output["url"]
             assert await digest_behind(output["url"]) == output["sha256"]
             assert size < proxy.to_server - before < size + UNDER_WAY
-            assert [line.split()[0] for line in worker.ledger if "life" not in line] == ["start", "done"]
+            assert len([line for line in worker.ledger if line.startswith("start")]) == 1
 
             # And a job that is cancelled in the middle leaves nothing in the bucket.
             proxy.hold(10 * MB)
