@@ -10,7 +10,7 @@ import pytest
 
 from comfyfleet.control.jobs import Job, Lease, rank
 from comfyfleet.control.ownership import Fence, Replica
-from comfyfleet.control.records import DecisionRow, Endpoint, WorkerRow
+from comfyfleet.control.records import DecisionRow, Endpoint, ScopeUse, WorkerRow
 from comfyfleet.control.store.connection import ConnectionLost
 from comfyfleet.control.store.ownership_table import Fenced
 from comfyfleet.control.store.postgres import PostgresConnection
@@ -218,3 +218,18 @@ async def test_a_process_that_stops_inside_a_transaction_does_not_hold_the_other
     finally:
         stopped.close()
         await store.close()
+
+
+async def test_what_keys_use_is_one_sum_of_all_replicas(store):
+    async def use(number: int) -> None:
+        scopes = ("key:b", "key:a") if number % 2 else ("key:a", "key:b")
+        await store.share_use([ScopeUse(scope=scope, requests=1.0, seconds=0.5) for scope in scopes])
+
+    async with anyio.create_task_group() as replicas:
+        for number in range(8):
+            replicas.start_soon(use, number)
+
+    assert await store.share_use([]) == [
+        ScopeUse(scope="key:a", requests=8.0, seconds=4.0),
+        ScopeUse(scope="key:b", requests=8.0, seconds=4.0),
+    ]

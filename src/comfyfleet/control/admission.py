@@ -19,6 +19,7 @@ from comfyfleet.control.jobs import MAX_PRIORITY, Job, content_digest, rank
 from comfyfleet.control.keys import Vault
 from comfyfleet.control.learned_cost import LearnedCost
 from comfyfleet.control.limits import Limits
+from comfyfleet.control.promises import Promises
 from comfyfleet.control.records import Endpoint
 from comfyfleet.control.store.base import Added, Store
 from comfyfleet.fetching.fetcher import GuardedFetcher
@@ -75,6 +76,7 @@ class Admission:
         catalog: Catalog,
         learned: LearnedCost,
         limits: Limits,
+        promises: Promises,
         vault: Vault,
         fetcher: GuardedFetcher,
         anywhere: GuardedFetcher,
@@ -88,6 +90,7 @@ class Admission:
         self._catalog = catalog
         self._learned = learned
         self._limits = limits
+        self._promises = promises
         self._vault = vault
         self._fetcher = fetcher
         self._anywhere = anywhere
@@ -108,9 +111,12 @@ class Admission:
         now = self._clock.now()
         self._limits.admit(principal, len(requests), now)
         self._limits.admit_waiting(principal, waiting, len(requests))
-        self._limits.admit_seconds(principal, now)
         jobs = [self._job(principal, request, now) for request in requests]
-        added = await self._store.add_jobs(jobs)
+        has_quota = principal.limits.gpu_seconds_per_day > 0
+        seconds = sum(self._promises.seconds(job.endpoint_id, job.cost) for job in jobs) if has_quota else 0.0
+        self._limits.admit_seconds(principal, now, count=len(jobs), seconds=seconds)
+        with self._limits.arriving(principal.scope, len(jobs), seconds):
+            added = await self._store.add_jobs(jobs)
         for job, outcome in zip(jobs, added, strict=True):
             if outcome.is_repeat and outcome.job.digest != job.digest:
                 raise IdempotencyMismatch("this idempotency key was used before with another body", id=outcome.job.id)

@@ -1,4 +1,4 @@
-"""How much durable work waits, per endpoint and key, in memory: so that no loop asks the database for what it knows.
+"""How much durable work waits and runs, per endpoint and key, in memory: no loop asks the database for what it knows.
 
 Kept up as jobs come and go, and replaced by the store's own sums now and then, which mends any drift.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from comfyfleet.control.jobs import Waiting
+from comfyfleet.control.jobs import Job, Waiting
 
 
 @dataclass(kw_only=True)
@@ -25,6 +25,7 @@ class Backlog:
 
     def __init__(self) -> None:
         self._amounts: dict[int, dict[str, Amount]] = {}
+        self._running: dict[tuple[int, str], float] = {}  # cost by endpoint and scope
         self._meanwhile: list[tuple[int, str, float, float]] = []
 
     def begin_sync(self) -> None:
@@ -57,6 +58,29 @@ class Backlog:
         amount.cost = max(0.0, amount.cost - cost)
         if amount.jobs <= 0:
             del amounts[scope]
+
+    def began(self, endpoint_id: int, scope: str, cost: float) -> None:
+        """A job waits no more: it runs."""
+        self.remove(endpoint_id, scope, cost)
+        self._running[endpoint_id, scope] = self._running.get((endpoint_id, scope), 0.0) + cost
+
+    def ended(self, endpoint_id: int, scope: str, cost: float) -> None:
+        """A job runs no more."""
+        left = self._running.pop((endpoint_id, scope), 0.0) - cost
+        if left > 1e-6:
+            self._running[endpoint_id, scope] = left
+
+    def replace_running(self, jobs: Iterable[Job]) -> None:
+        """Take the store's word for what runs."""
+        self._running = {}
+        for job in jobs:
+            named = (job.endpoint_id, job.scope)
+            self._running[named] = self._running.get(named, 0.0) + job.cost
+
+    def open_costs(self, scope: str) -> list[tuple[int, float]]:
+        """(endpoint, load units) of one key's jobs that wait or run."""
+        waiting = [(of, amounts[scope].cost) for of, amounts in self._amounts.items() if scope in amounts]
+        return waiting + [(of, cost) for (of, runs_for), cost in self._running.items() if runs_for == scope]
 
     def scopes(self, endpoint_id: int) -> list[str]:
         """Who has something waiting."""

@@ -121,8 +121,9 @@ class Dispatcher:
                         next_sync = self._synced_at + self._resync_every_s
                         self._backlog.begin_sync()
                         self._backlog.replace(await self._store.waiting())
-                        abandoned = [job for job in await self._store.leased() if self._is_abandoned(job)]
-                        await self._take_over(runs, abandoned)
+                        leased = await self._store.leased()
+                        self._backlog.replace_running(leased)
+                        await self._take_over(runs, [job for job in leased if self._is_abandoned(job)])
                     for endpoint in self._catalog.endpoints():
                         if self._ownership.owns(endpoint.id):
                             await self._serve(endpoint, runs)
@@ -237,11 +238,12 @@ class Dispatcher:
             self._desk.release(placed.answer.request_idx)
             self._feed.done(head.id, cancelled)
             raise
-        self._backlog.remove(head.endpoint_id, head.scope, head.cost)
         if job is None:  # cancelled in between
+            self._backlog.remove(head.endpoint_id, head.scope, head.cost)
             self._desk.release(placed.answer.request_idx)
             self._feed.done(head.id, cancelled)
             return
+        self._backlog.began(head.endpoint_id, head.scope, head.cost)
         self._feed.news(job.id)
         self._hold(job, placed.answer, cancelled, runs)
 
@@ -333,6 +335,7 @@ class Dispatcher:
         finally:
             del self._held[job.lease_token or ""]
             self._feed.done(job.id, cancelled)
+            self._backlog.ended(job.endpoint_id, job.scope, job.cost)
             if job.request_idx is not None:
                 self._desk.release(job.request_idx)
         if outcome.status is None:

@@ -29,7 +29,9 @@ from comfyfleet.control.ledger import Ledger
 from comfyfleet.control.metrics import Metrics
 from comfyfleet.control.ownership import Ownership
 from comfyfleet.control.plane import RoutingPlane
+from comfyfleet.control.promises import Promises
 from comfyfleet.control.shared_folder import own_file
+from comfyfleet.control.shared_use import SharedUse
 from comfyfleet.control.store.base import Store
 from comfyfleet.control.store.news import News
 from comfyfleet.control.worker_calls import WorkerCalls
@@ -69,6 +71,8 @@ class DurablePlane:
         self.feed = JobFeed()
         self.backlog = Backlog()
         self.limits = routing.limits
+        promises = Promises(self.backlog, routing.workers)
+        self.limits.promised = promises.of_scope
         self.ownership = ownership
         self._store = store
         self._catalog = catalog
@@ -85,6 +89,7 @@ class DurablePlane:
             catalog=catalog,
             learned=routing.learned,
             limits=self.limits,
+            promises=promises,
             vault=vault,
             fetcher=fetcher,
             anywhere=trusted,
@@ -128,6 +133,7 @@ class DurablePlane:
             keep_s=settings.retention_days * 86_400.0,
             ownership=self.ownership,
         )
+        self._shared_use = SharedUse(store=store, limits=self.limits, clock=clock)
         self._job_webhooks = JobWebhooks(
             store=store,
             vault=vault,
@@ -149,6 +155,8 @@ class DurablePlane:
                 loops.start_soon(self._job_webhooks.run, name="job webhooks")
                 loops.start_soon(self._webhooks.run, name="webhooks")
                 loops.start_soon(self.ledger.run, name="ledger")
+                if self.ownership.is_shared:
+                    loops.start_soon(self._shared_use.run, name="use of keys")
                 loops.start_soon(self._store.listen, self._heard, name="news of other processes")
         finally:
             with anyio.CancelScope(shield=True):  # seconds that were used must be on the ledger

@@ -69,7 +69,7 @@ class RoutingPlane:
         self.learned = LearnedCost()
         self.workers.swap_s_of = self.learned.swap_s
         self.scores = Scores()
-        self.limits = Limits()
+        self.limits = Limits(keys.limits)
         self._numbers = Numbers(partial(store.reserve, "request_idx"))
         self._reqnums = Numbers(partial(store.reserve, "reqnum"))
         self._store = store

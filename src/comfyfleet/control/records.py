@@ -118,6 +118,14 @@ class KeyLimits(msgspec.Struct, frozen=True, kw_only=True):
     weight: float = 1.0
 
 
+class ScopeUse(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests and GPU-seconds of one key: a sum over all replicas, or what is to be added to it."""
+
+    scope: str
+    requests: float = 0.0
+    seconds: float = 0.0
+
+
 class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
     """A made key. Only its SHA-256 is kept: a key has 256 random bits, so a fast hash is enough."""
 

@@ -72,3 +72,38 @@ def test_too_many_waiting_jobs_are_refused_whole():
     with pytest.raises(TooManyRequests):
         Limits().admit_waiting(a_key(max_waiting_jobs=10), 8, 3)
     Limits().admit_waiting(a_key(max_waiting_jobs=10), 8, 2)
+
+
+def test_accepted_jobs_count_by_what_they_are_thought_to_take():
+    limits, key = Limits(), a_key(gpu_seconds_per_day=100.0)
+    limits.promised = lambda _scope: 70.0
+    limits.admit_seconds(key, 0.0, seconds=30.0)
+
+    with pytest.raises(TooManyRequests, match="40") as refused:
+        limits.admit_seconds(key, 0.0, seconds=40.0)
+
+    assert refused.value.retry_after_s > 0
+    assert limits.quota_wait_s(key.scope, 100.0, 0.0) == 0
+    limits.used_seconds(key.scope, 30.0, 0.0)
+    assert limits.quota_wait_s(key.scope, 100.0, 10.0) == pytest.approx(DAY_S - 10.0)
+
+
+def test_one_job_that_is_longer_than_a_whole_quota_goes_alone_and_a_batch_does_not():
+    limits, key = Limits(), a_key(gpu_seconds_per_day=10.0)
+    limits.admit_seconds(key, 0.0, seconds=100.0)
+    with pytest.raises(TooManyRequests):
+        limits.admit_seconds(key, 0.0, count=2, seconds=20.0)
+    limits.used_seconds(key.scope, 1.0, 0.0)
+    with pytest.raises(TooManyRequests):
+        limits.admit_seconds(key, 0.0, seconds=100.0)
+
+
+def test_what_is_being_stored_counts_for_whoever_comes_meanwhile():
+    limits, key = Limits(), a_key(gpu_seconds_per_day=100.0, max_waiting_jobs=3)
+    with limits.arriving(key.scope, 2, 60.0), limits.arriving(key.scope, 1, 30.0):
+        with pytest.raises(TooManyRequests):
+            limits.admit_waiting(key, 0, 1)
+        with pytest.raises(TooManyRequests):
+            limits.admit_seconds(key, 0.0, seconds=20.0)
+    limits.admit_waiting(key, 0, 3)
+    limits.admit_seconds(key, 0.0, seconds=100.0)

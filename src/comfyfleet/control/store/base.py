@@ -27,6 +27,7 @@ from comfyfleet.control.records import (
     Endpoint,
     LearnedRow,
     LogRow,
+    ScopeUse,
     Template,
     UsageRow,
     Workergroup,
@@ -229,6 +230,10 @@ class Store(Protocol):
 
     async def leave(self, replica_id: str) -> None:
         """Off the roll; what it owned is free at once."""
+        ...
+
+    async def share_use(self, used: Sequence[ScopeUse]) -> list[ScopeUse]:
+        """Add what this replica's keys used to the sums of all replicas; returns the sums."""
         ...
 
     async def records_version(self) -> int:

@@ -55,6 +55,10 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
              endpoint_id BIGINT PRIMARY KEY, replica_id TEXT NOT NULL, fence BIGINT NOT NULL)""",
     ),
     3: ("CREATE INDEX job_untold ON job (endpoint_id) WHERE webhook_state IN ('due', 'out')",),
+    4: (
+        """CREATE TABLE scope_use (
+             scope TEXT PRIMARY KEY, requests DOUBLE PRECISION NOT NULL, seconds DOUBLE PRECISION NOT NULL)""",
+    ),
 }
 LATEST = max(MIGRATIONS)
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from comfyfleet.control.ownership import Deed, Fence, Replica, Roll
+from comfyfleet.control.records import ScopeUse
 from comfyfleet.control.store import sql
 from comfyfleet.control.store.connection import Connection
 from comfyfleet.control.store.writer import Database
@@ -85,6 +88,18 @@ class OwnershipTable:
     async def leave(self, replica_id: str) -> None:
         """Off the roll: all it owned is free."""
         await self._database.write(lambda connection: connection.change(sql.LEAVE, {"id": replica_id}))
+
+    async def share_use(self, used: Sequence[ScopeUse]) -> list[ScopeUse]:
+        """Add to the sums, and read them all."""
+
+        def work(connection: Connection) -> list[ScopeUse]:
+            if used:  # in one order, so that no two replicas wait for each other
+                ordered = sorted(used, key=lambda one: one.scope)
+                connection.change_many(sql.ADD_USE, [msgspec.structs.asdict(one) for one in ordered])
+            rows = connection.rows(sql.ALL_USE, {})
+            return [ScopeUse(scope=scope, requests=requests, seconds=seconds) for scope, requests, seconds in rows]
+
+        return await self._database.write(work)
 
     async def records_version(self) -> int:
         """Grows with every change of a record."""

@@ -80,6 +80,12 @@ LEAVE = "DELETE FROM replica WHERE id = :id"
 # hold_deed: the fence is still the endpoint's; with a share lock it stays so until the transaction ends.
 HOLD_DEED = "SELECT fence FROM ownership WHERE endpoint_id = :endpoint_id AND fence = :fence"
 
+# add_use, all_use: what each key used, at all replicas together.
+ADD_USE = """
+INSERT INTO scope_use (scope, requests, seconds) VALUES (:scope, :requests, :seconds)
+ON CONFLICT (scope) DO UPDATE SET requests = scope_use.requests + :requests, seconds = scope_use.seconds + :seconds"""
+ALL_USE = "SELECT scope, requests, seconds FROM scope_use ORDER BY scope"
+
 # first_shared, shared: what all replicas share, sealed.
 FIRST_SHARED = "INSERT INTO record (kind, id, body) VALUES ('secret', :id, :body) ON CONFLICT DO NOTHING"
 SHARED = "SELECT body FROM record WHERE kind = 'secret' AND id = :id"
