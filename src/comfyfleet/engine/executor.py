@@ -166,6 +166,12 @@ class _Run:
             node_id = self.node_id = next_node
             if node_id in known:
                 self._emit(events.NodeReused(node=node_id, ui=known[node_id]))
+                plan.finish(node_id)
+                continue
+            made = owner.cache.get(names.get(node_id))
+            if made is not None:  # since this run began: by an equal node of its own, or by another run
+                self._keep(node_id, made)
+                self._emit(events.NodeReused(node=node_id, ui=made.ui))
             else:
                 failure = self._attempt(node_id, names.get(node_id))
                 if failure is not None:
@@ -173,8 +179,8 @@ class _Run:
                 if node_id not in self._values:
                     return self._outcome("interrupted", None)
                 self._executed.append(node_id)
-                self._let_go(node_id)
-                self._tell_sampled(node_id)
+            self._let_go(node_id)
+            self._tell_sampled(node_id)
             plan.finish(node_id)
         self._emit(events.RunSucceeded(timestamp_ms=owner.now_ms()))
         return self._outcome("success", None)

@@ -127,6 +127,27 @@ def test_results_outlive_other_prompts_and_do_not_go_by_node_ids(world: EngineWo
     assert world.ran() == []
 
 
+def test_of_equal_nodes_one_runs_and_the_others_are_told_as_known(world: EngineWorld) -> None:
+    outcome = world.run(
+        {
+            "1": node("Number", value=1),
+            "2": node("Save", value=["1", 0]),
+            "3": node("Number", value=1),
+            "4": node("Save", value=["3", 0]),
+        }
+    )
+
+    assert world.told() == [
+        "RunStarted", "CacheHits",
+        "NodeStarted 1", "NodeFinished 1",
+        "NodeStarted 2", "NodeShown 2", "NodeFinished 2",
+        "NodeReused 3", "NodeReused 4",
+        "RunSucceeded",
+    ]  # fmt: skip
+    assert outcome.outputs["4"] == outcome.outputs["2"]
+    assert len(world.output_files()) == 1
+
+
 def test_only_what_a_change_touches_runs_again(world: EngineWorld) -> None:
     two = {"1": node("Number", value=1), "2": node("Number", value=5), "3": node("Add", a=["1", 0], b=["2", 0]),
            "4": node("Show", value=["3", 0])}  # fmt: skip
