@@ -25,7 +25,7 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp
 
 from comfyfleet.clock import Clock, SystemClock
-from comfyfleet.control.account import Account, WorkerEnvironment, WorkersStorage, built_in_templates
+from comfyfleet.control.account import Account, WorkerEnvironment, WorkersStorage
 from comfyfleet.control.api import account, certificates, endpoints, fleet, insight, market, templates, workergroups
 from comfyfleet.control.api.calling import ERROR_HANDLERS, Caller
 from comfyfleet.control.api.hot_paths import HotPaths, posts
@@ -45,7 +45,7 @@ from comfyfleet.control.management import Management
 from comfyfleet.control.metrics import Metrics
 from comfyfleet.control.ownership import SOLE_OWNER
 from comfyfleet.control.plane import RoutingPlane
-from comfyfleet.control.records import AccountVariable, ApiKey, Endpoint, Template, Workergroup
+from comfyfleet.control.record_mirror import load_records
 from comfyfleet.control.sharing import Sharing, agree_on_secrets, is_shared, open_sharing
 from comfyfleet.control.store.store import SqlStore, open_postgres, open_sqlite
 from comfyfleet.ids import Ids, SystemIds
@@ -102,13 +102,10 @@ async def open_control(
     admin_key, _ = secret_file(folder / "admin.key", ids.token(ADMIN_PREFIX).encode())
     files_key = load_or_create_key(folder / "files.key")
     signer = UrlSigner(files_key, clock)
-    catalog = Catalog(
-        await store.all(Endpoint), await store.all(Workergroup), [*built_in_templates(), *await store.all(Template)]
-    )
-    keyring = Keyring(
-        admin_key=admin_key.decode(), master=master, catalog=catalog, clock=clock, keys=await store.all(ApiKey)
-    )
-    account = Account(store=store, vault=Vault(master), clock=clock, variables=await store.all(AccountVariable))
+    catalog = Catalog()
+    keyring = Keyring(admin_key=admin_key.decode(), master=master, catalog=catalog, clock=clock)
+    account = Account(store=store, vault=Vault(master), clock=clock)
+    await load_records(store, catalog, keyring, account)
     sharing = None
     if is_shared(settings):
         sharing = open_sharing(

@@ -20,6 +20,16 @@ from comfyfleet.control.store.connection import ConnectionLost
 log = structlog.get_logger()
 
 
+async def load_records(store: Store, catalog: Catalog, keyring: Keyring, account: Account) -> None:
+    """All copies anew, as the database has them."""
+    endpoints, groups = await store.all(Endpoint), await store.all(Workergroup)
+    templates, keys = await store.all(Template), await store.all(ApiKey)
+    variables = await store.all(AccountVariable)
+    catalog.replace(endpoints, groups, [*built_in_templates(), *templates])
+    keyring.replace(keys)
+    account.replace(variables)
+
+
 class RecordMirror:
     """`refresh` before an answer that must be of now; `run` follows the rolls."""
 
@@ -74,15 +84,7 @@ class RecordMirror:
                 raise
             self._looked_at = looked_at
             if version != self._version:
-                await self._load()
+                # The version was read first, so that a change in between is seen again.
+                await load_records(self._store, self._catalog, self._keyring, self._account)
                 self._version = version
             return version != seen
-
-    async def _load(self) -> None:
-        """The version was read first, so that a change in between is seen again."""
-        endpoints, groups = await self._store.all(Endpoint), await self._store.all(Workergroup)
-        templates, keys = await self._store.all(Template), await self._store.all(ApiKey)
-        variables = await self._store.all(AccountVariable)
-        self._catalog.replace(endpoints, groups, [*built_in_templates(), *templates])
-        self._keyring.replace(keys)
-        self._account.replace(variables)

@@ -7,6 +7,7 @@ it. Every call shows a ticket in `auth_data`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from comfyfleet.web import NOT_JSON
 from comfyfleet.wire.routing import RouteReady
 
 _FOLLOW_IDLE_S = 60.0
@@ -113,11 +115,11 @@ class WorkerCalls:
                         continue
                     line = line[5:].strip()
                     frame = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
-                    if bytes(frame.get("status", msgspec.Raw(b'""'))) == b'"final_result"':
+                    if bytes(frame.get("status", msgspec.Raw(b'""'))) == b'"final_result"' and "result" in frame:
                         yield Ended(status=200, body=bytes(frame["result"]))
                         return
                     yield News(frame=msgspec.json.decode(line))
-        except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, *NOT_JSON) as error:
             raise Unreachable(str(error)) from error
         raise Unreachable("the stream ended without a result")
 
@@ -171,34 +173,33 @@ def _foreign_end(status: int, answer: bytes, headers: dict[str, str]) -> Ended |
     if not 200 <= status < 300:
         try:
             said = msgspec.json.decode(answer, type=_Result)
-        except msgspec.DecodeError:
+        except NOT_JSON:
             said = _Result()
         has_run = said.status in ("failed", "cancelled")
         return Ended(status=status, body=answer) if has_run else _ended_or_refused(status, answer, headers)
     try:
         found = msgspec.json.decode(answer)
-    except msgspec.DecodeError:
-        kind = headers.get("Content-Type", "")
-        found = answer.decode() if kind.startswith("text/") and _is_utf8(answer) else {"base64": answer, "mime": kind}
+    except NOT_JSON:
+        found = _media(answer, headers.get("Content-Type", ""))
     if isinstance(found, dict) and "status" in found:
         return Ended(status=status, body=answer)
     whole = found if isinstance(found, dict) else {"response": found}
     return Ended(status=status, body=_encode({**whole, "status": "completed"}))
 
 
-def _is_utf8(raw: bytes) -> bool:
-    try:
-        raw.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+def _media(answer: bytes, kind: str) -> Any:
+    """Text as it is; anything else, and what only says it is text, in base64."""
+    if kind.startswith("text/"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return answer.decode()
+    return {"base64": answer, "mime": kind}
 
 
 def _ended_or_refused(status: int, answer: bytes, headers: dict[str, str]) -> Ended | Refused:
     """A result says how the job ended; anything else is a refusal, which some waiting may mend."""
     try:
         result = msgspec.json.decode(answer, type=_Result)
-    except msgspec.DecodeError:
+    except NOT_JSON:
         result = _Result()
     code = result.error.code
     has_run = status == 200 or (status == 422 and code == "job_failed") or status == 499

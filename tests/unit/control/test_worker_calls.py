@@ -42,6 +42,7 @@ async def test_a_public_pyworker_knows_only_the_synchronous_route():
         (200, {"job": 1}, {"job": 1, "status": "completed"}),
         (200, "[1, 2]", {"response": [1, 2], "status": "completed"}),
         (200, "a line", {"response": "a line", "status": "completed"}),
+        pytest.param(200, "[" * 9999, {"response": "[" * 9999, "status": "completed"}, id="too deep to be read"),
         (500, {**RESULT, "status": "failed"}, {**RESULT, "status": "failed"}),
     ],
 )
