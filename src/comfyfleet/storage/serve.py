@@ -7,6 +7,7 @@ exists. What a browser could run (HTML, SVG, scripts) comes as a download, never
 from __future__ import annotations
 
 import mimetypes
+import re
 from pathlib import Path
 
 import anyio.to_thread
@@ -21,6 +22,7 @@ from comfyfleet.storage.local import URL_PREFIX
 from comfyfleet.web import control_error
 from comfyfleet.wire.errors import FleetError, Forbidden, NotFound
 
+_RANGES = re.compile(r"(?i:bytes)=\s*(\d+-\d*|-\d+)(\s*,\s*(\d+-\d*|-\d+))*\s*")
 _SHOWN = ("image/", "audio/", "video/")
 _NEVER_SHOWN = frozenset({"image/svg+xml"})
 
@@ -46,6 +48,9 @@ async def _open(root: Path, signer: UrlSigner, request: Request) -> Response:
         path = await anyio.to_thread.run_sync(_find, root, checked_key(key))
     except (ValueError, OSError) as problem:
         raise NotFound("there is no such file") from problem
+    if not _RANGES.fullmatch(request.headers.get("range", "")):
+        # What is no range of bytes is to be ignored (RFC 9110, 14.2).
+        request.scope["headers"] = [pair for pair in request.scope["headers"] if pair[0] != b"range"]
     media_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     shown = media_type.startswith(_SHOWN) and media_type not in _NEVER_SHOWN
     return FileResponse(

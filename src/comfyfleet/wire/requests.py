@@ -51,6 +51,16 @@ def without_blanks(block: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+_YEAR_S = 366 * 24 * 3600.0
+# They become parts of a URL, of a signature and of a header.
+_S3_TEXTS = {
+    "bucket_name": re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}"),
+    "region": re.compile(r"[A-Za-z0-9-]{1,64}"),
+    "access_key_id": re.compile(r"[!-~]{1,512}"),
+    "secret_access_key": re.compile(r"[!-~]{1,512}"),
+}
+
+
 def check_request(request: GenerateInput) -> None:
     """What needs no graph: the id is a plain name, and there is exactly one kind of work. Raises BadRequest."""
     if request.request_id and not REQUEST_ID.fullmatch(request.request_id):
@@ -68,6 +78,9 @@ def check_request(request: GenerateInput) -> None:
     for field in ("deadline_s", "max_queue_wait_s", "expires_s"):
         if getattr(request, field) < 0:
             raise BadRequest(f"{field} must not be negative", field=f"input.{field}")
+    for field, seconds in (("expires_s", request.expires_s), ("s3.expires_s", request.s3.expires_s)):
+        if seconds > _YEAR_S:  # what can be reached is kept
+            raise BadRequest(f"{field} must not be over a year", field=f"input.{field}")
     for index, credential in enumerate(request.credentials):
         if reason := unfit_headers(credential.headers):
             raise BadRequest(f"credentials[{index}].{reason}", field=f"input.credentials[{index}].headers")
@@ -79,6 +92,10 @@ def check_s3(target: S3Target, *, has_keys: bool, has_bucket: bool) -> None:
     A request may name an endpoint of its own only with keys of its own, or it could make the operator's keys sign for a
     stranger. Raises Unprocessable naming the field.
     """
+    for field, allowed in _S3_TEXTS.items():
+        text = getattr(target, field)
+        if text and not allowed.fullmatch(text):
+            raise Unprocessable(f"s3.{field} holds what it may not hold", field=f"input.s3.{field}")
     own_keys = bool(target.access_key_id and target.secret_access_key)
     if bool(target.access_key_id) != bool(target.secret_access_key):
         missing = "secret_access_key" if target.access_key_id else "access_key_id"

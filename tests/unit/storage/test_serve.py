@@ -55,6 +55,13 @@ async def test_a_player_can_seek(root: Path) -> None:
     assert answer.headers["content-range"] == "bytes 4-6/10"
 
 
+@pytest.mark.parametrize("text", ["items=0-1", "garbage", "bytes=", "bytes=a-b", "bytes=-", ""])
+async def test_what_is_no_range_of_bytes_is_ignored(root: Path, text: str) -> None:
+    answer = await ask(root, "job/song.mp3", Range=text)
+
+    assert (answer.status_code, answer.content) == (200, b"0123456789")
+
+
 async def test_other_methods_are_not_answered(root: Path) -> None:
     for method in ("POST", "PUT", "DELETE"):
         assert (await ask(root, "job/song.mp3", method)).status_code == 405

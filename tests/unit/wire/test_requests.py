@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from comfyfleet.wire.errors import BadRequest
-from comfyfleet.wire.generation import GenerateInput, UrlCredential
-from comfyfleet.wire.requests import check_request, parse_payload
+from comfyfleet.wire.errors import BadRequest, Unprocessable
+from comfyfleet.wire.generation import GenerateInput, S3Target, UrlCredential
+from comfyfleet.wire.requests import check_request, check_s3, parse_payload
 
 GRAPH = {"1": {"class_type": "SaveImage", "inputs": {"images": ["2", 0]}}}
 
@@ -43,6 +43,32 @@ def test_headers_that_no_fetch_may_carry_are_refused_by_field_and_untold(headers
 
     assert refusal.value.details["field"] == "input.credentials[1].headers"
     assert "secret" not in str(refusal.value.as_dict())
+
+
+@pytest.mark.parametrize("given", [{"expires_s": 1e300}, {"s3": {"expires_s": 4e7}}])
+def test_a_link_that_would_keep_a_file_for_ever_is_refused(given):
+    with pytest.raises(BadRequest, match="a year"):
+        check_request(parse_payload({"input": {"workflow_json": GRAPH, **given}}))
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("bucket_name", "../other"),
+        ("bucket_name", "a?policy"),
+        ("bucket_name", "a b"),
+        ("region", "x\r\ny"),
+        ("access_key_id", "a\r\nb"),
+        ("secret_access_key", "a\0b"),
+    ],
+)
+def test_what_cannot_stand_in_a_url_or_a_signature_is_refused_by_field_and_untold(field, text):
+    target = S3Target(**{"access_key_id": "a", "secret_access_key": "b", "bucket_name": "c", field: text})
+    with pytest.raises(Unprocessable) as refusal:
+        check_s3(target, has_keys=False, has_bucket=False)
+
+    assert refusal.value.details["field"] == f"input.s3.{field}"
+    assert text not in str(refusal.value.as_dict())
 
 
 def test_blanks_are_not_given_and_what_is_the_callers_own_keeps_them():
