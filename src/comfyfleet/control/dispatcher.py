@@ -124,10 +124,16 @@ class Dispatcher:
                         leased = await self._store.leased()
                         self._backlog.replace_running(leased)
                         await self._take_over(runs, [job for job in leased if self._is_abandoned(job)])
-                    for endpoint in self._catalog.endpoints():
-                        if self._ownership.owns(endpoint.id):
-                            await self._serve(endpoint, runs)
-                            self._tell_demand(endpoint.id)
+                    # Side by side: what the endpoints lease at one moment, the store commits together.
+                    async with anyio.create_task_group() as serving:
+                        for endpoint in self._catalog.endpoints():
+                            if not self._ownership.owns(endpoint.id):
+                                continue
+                            if self._backlog.scopes(endpoint.id):
+                                serving.start_soon(self._serve_one, endpoint, runs)
+                            else:
+                                self._leave_line(endpoint.id)
+                                self._tell_demand(endpoint.id)
                 except (Fenced, NotOwner) as error:  # another's by now; the store wrote nothing
                     log.info("dispatch.fenced", why=str(error))
                 except Exception:  # one iteration: what waits is still waiting in the store
@@ -163,6 +169,16 @@ class Dispatcher:
         return self._is_stale and self._clock.now() >= self._synced_at + _RESYNC_PAUSE_S
 
     # --- waiting jobs ------------------------------------------------------------------------------------------------
+
+    async def _serve_one(self, endpoint: Endpoint, runs: anyio.abc.TaskGroup) -> None:
+        """An endpoint's turn; what goes wrong there is its own."""
+        try:
+            await self._serve(endpoint, runs)
+            self._tell_demand(endpoint.id)
+        except (Fenced, NotOwner) as error:  # another's by now; the store wrote nothing
+            log.info("dispatch.fenced", why=str(error))
+        except Exception:  # one endpoint's turn: what waits there is still waiting in the store
+            log.exception("dispatch.failed", endpoint=endpoint.id)
 
     async def _serve(self, endpoint: Endpoint, runs: anyio.abc.TaskGroup) -> None:
         """Lease jobs as long as there is a job and a worker with room."""

@@ -13,6 +13,7 @@ from comfyfleet.control.dispatcher import Dispatcher
 from comfyfleet.control.job_feed import JobFeed
 from comfyfleet.control.keys import Vault
 from comfyfleet.control.ownership import SoleOwner
+from comfyfleet.control.records import Endpoint
 from comfyfleet.control.store.store import SqlStore
 from comfyfleet.ids import SeededIds
 from comfyfleet.wire.jobs import JobStatus
@@ -105,6 +106,28 @@ async def test_a_cancel_that_came_after_the_leases_were_listed_is_heard_by_who_t
             with anyio.fail_after(60):
                 await worker.asked("/cancel/j1")
             tasks.cancel_scope.cancel()
+
+
+async def test_what_goes_wrong_at_one_endpoint_holds_up_no_other(tmp_path):
+    async with HttpWorker() as worker, a_dispatcher(tmp_path, worker, "") as (dispatcher, world):
+        world.catalog.put_endpoint(Endpoint(id=2, endpoint_name="broken", created_at=0.0))
+        await world.store.add_jobs([a_job(), a_job("j2", endpoint_id=2)])
+        head, broke = world.store.head, anyio.Event()
+
+        async def broken_head(endpoint_id, scope, now):
+            if endpoint_id == 2:
+                broke.set()
+                raise RuntimeError("broken")
+            await broke.wait()
+            return await head(endpoint_id, scope, now)
+
+        world.store.head = broken_head
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(dispatcher.run)
+            with anyio.fail_after(60):
+                await worker.asked("/generate")
+            tasks.cancel_scope.cancel()
+        assert (await world.store.job("j2")).status is JobStatus.QUEUED
 
 
 def test_a_run_that_ended_takes_nothing_from_the_jobs_next_run():
