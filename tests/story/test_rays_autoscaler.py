@@ -15,7 +15,7 @@ from support.ray_world import LIMIT_S, RayWorld
 
 pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed"),
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(600),
     pytest.mark.slow,
 ]
 
@@ -44,7 +44,7 @@ def test_a_waiting_request_has_a_machine_started_and_an_idle_worker_lets_it_go(t
         assert machines(world) == []
 
         world.submit(1)
-        world.until_done()
+        world.until_done(limit_s=2 * LIMIT_S)  # a machine starts first
 
         assert [(row["gpu_name"], row["price_hour"]) for row in machines(world)] == [("RTX_4090", 1.0)]
         assert [row["price_hour"] for row in world.workers()] == [1.0]

@@ -83,7 +83,7 @@ class RayWorld:
             assert status == 202, answer
             self.jobs[answer["id"]] = number
 
-    def until_done(self) -> dict[int, dict]:
+    def until_done(self, limit_s: float = LIMIT_S) -> dict[int, dict]:
         """Every job accepted so far has ended well; the jobs, by the number of their picture."""
 
         def are_done() -> dict[int, dict]:
@@ -91,7 +91,7 @@ class RayWorld:
             assert not [job for job in jobs.values() if job["status"] in ("failed", "cancelled")], jobs
             return jobs if all(job["status"] == "completed" for job in jobs.values()) else {}
 
-        return until(are_done, LIMIT_S, tell=lambda: self.plane.log[-3000:])
+        return until(are_done, limit_s, tell=lambda: self.plane.log[-3000:])
 
     def renders(self) -> Counter[int]:
         """How often each picture was saved, by any engine there ever was."""

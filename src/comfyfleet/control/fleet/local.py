@@ -1,18 +1,13 @@
-"""Workers as processes of this machine, each in a folder and a session of its own.
+"""Workers as processes of this machine, each in a folder and a session of its own (`local_folders`).
 
-A worker's folder (`<data-dir>/workers/<id>`) holds `local.json`, what this module must find again after a restart, and
-`worker.log`. A process is proven ours by three things at once: the pid, the start time recorded with it, and the
-worker's folder in its environment. Workers survive a control plane that is killed, and the next one takes them over;
-they end with one that stops in order.
+Workers survive a control plane that is killed, and the next one takes them over; they end with one that stops in order.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +23,7 @@ from comfyfleet.clock import Clock
 from comfyfleet.control.fleet import detached
 from comfyfleet.control.fleet.base import FleetEvent, FleetNode, FleetWorker, NoCapacity, Presence, WorkerSpec
 from comfyfleet.control.fleet.events import EventLog
+from comfyfleet.control.fleet.local_folders import FOLDER_VARIABLE, LocalFolders, LocalRecord, last_lines
 from comfyfleet.control.fleet.machine import described
 from comfyfleet.control.fleet.needs import is_fit
 from comfyfleet.control.fleet.slots import PortClaims, Slot, find_slot
@@ -35,29 +31,10 @@ from comfyfleet.control.shared_folder import NotOurTurn, our_turn
 from comfyfleet.settings.machine import OWNER_VARIABLE
 from comfyfleet.wire.errors import NotFound
 
-FOLDER_VARIABLE = "COMFYFLEET_WORKER_DIR"
-_LOG_ROTATE_BYTES = 20 * 1024 * 1024
 _POLL_S = 0.05
 _SHOWN_POLL_S, _SHOWN_LIMIT_S = 0.002, 2.0
 _REAP_S = 5.0
 _TURN_S = 5.0
-
-
-class LocalRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """`local.json`. pid 0: not running. process_started: the kernel's start time of that pid (psutil's)."""
-
-    id: int
-    slot: Slot
-    pid: int = 0
-    process_started: float = 0.0
-    started_at: float = 0.0
-    exit_code: int | None = None
-    incarnation: str = ""
-
-
-# `list` is a method below, so the types that mention the other one are named here.
-Records = list[LocalRecord]
-Processes = list[psutil.Process]
 
 
 OUR_WORKER = (sys.executable, "-m", "comfyfleet", "worker")
@@ -90,7 +67,7 @@ class LocalFleet:
         self._settings = settings
         self._clock = clock
         self._find_slot = find or functools.partial(find_slot, is_free=PortClaims().claim)
-        self._folder = settings.data_dir / "workers"
+        self._folders = LocalFolders(settings.data_dir / "workers")
         self._children: dict[int, anyio.abc.Process] = {}
         self._lock = anyio.Lock()
         self._events = EventLog(clock)
@@ -100,7 +77,7 @@ class LocalFleet:
         return self._settings.slots
 
     async def list(self) -> list[FleetWorker]:
-        records = self.records()
+        records = self._folders.records()
         for record in records:
             await self._reaped(record)
         return [self._seen(record) for record in records]
@@ -110,7 +87,7 @@ class LocalFleet:
         return ""
 
     async def nodes(self) -> Sequence[FleetNode]:
-        records = self.records()
+        records = self._folders.records()
         running = sum(self._process(record) is not None for record in records)
         slots, machine = self._settings.slots, self._settings.machine
         here = machine or FleetNode(
@@ -130,18 +107,17 @@ class LocalFleet:
         """The slots to ourselves: other control planes of this machine may give them out too. Raises NoCapacity."""
         async with self._lock:
             try:
-                async with our_turn(self._folder / ".slots.lock", self._clock, _TURN_S):
+                async with our_turn(self._folders.root / ".slots.lock", self._clock, _TURN_S):
                     yield
             except NotOurTurn as error:
                 raise NoCapacity("another control plane of this machine is starting workers") from error
 
     async def create(self, spec: WorkerSpec) -> None:
         async with self._slots():
-            folder = self._folder / str(spec.id)
-            if (folder / "local.json").exists():
+            if self._folders.has(spec.id):
                 return
             self._demand_fit(spec)
-            taken = self.records()
+            taken = self._folders.records()
             numbers = {record.slot.number for record in taken}
             first = self._settings.first_slot
             free = next(
@@ -149,7 +125,7 @@ class LocalFleet:
             )
             if free is None:
                 raise NoCapacity(f"all {self._settings.slots} slots of this machine are taken")
-            folder.mkdir(parents=True, exist_ok=True)
+            self._folders.of(spec.id).mkdir(parents=True, exist_ok=True)
             slot = self._find_slot(free, {port for record in taken for port in record.slot.ports})
             await self._launch(LocalRecord(id=spec.id, slot=slot), spec)
 
@@ -164,36 +140,35 @@ class LocalFleet:
 
     async def start(self, spec: WorkerSpec) -> None:
         async with self._slots():
-            record = self._record(spec.id)
+            record = self._folders.record(spec.id)
             if record is None:
                 raise NotFound("this worker does not exist here", worker_id=spec.id)
             if self._process(record) is not None:
                 return
-            taken = {port for other in self.records() if other.id != spec.id for port in other.slot.ports}
+            taken = {port for other in self._folders.records() if other.id != spec.id for port in other.slot.ports}
             slot = self._find_slot(record.slot.number, taken)
             await self._launch(msgspec.structs.replace(record, slot=slot, exit_code=None), spec)
 
     async def stop(self, worker_id: int, *, grace_s: float = 10.0) -> None:
-        record = self._record(worker_id)
+        record = self._folders.record(worker_id)
         if record is None:
             return
         await self._end(record, grace_s)
-        self._write(msgspec.structs.replace(record, pid=0, process_started=0.0, exit_code=None))
+        self._folders.write(msgspec.structs.replace(record, pid=0, process_started=0.0, exit_code=None))
         self._events.add("worker.stopped", "its folder is kept", worker_id=worker_id)
 
     async def drain(self, worker_id: int) -> None:
         """Nothing to tell a local process: `stop` sends SIGTERM, which our worker takes as "finish, then end"."""
 
     async def destroy(self, worker_id: int, *, grace_s: float = 10.0) -> None:
-        record = self._record(worker_id)
+        record = self._folders.record(worker_id)
         if record is not None:
             await self._end(record, grace_s)
-        folder = self._folder / str(worker_id)
-        await anyio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
+        await anyio.to_thread.run_sync(self._folders.remove, worker_id)
         self._events.add("worker.destroyed", "its folder is removed", worker_id=worker_id)
 
     async def logs(self, worker_id: int, tail: int) -> str:
-        path = self._folder / str(worker_id) / "worker.log"
+        path = self._folders.log(worker_id)
         if tail <= 0 or not path.exists():
             return ""
         return await anyio.to_thread.run_sync(lambda: last_lines(path, tail))
@@ -202,7 +177,7 @@ class LocalFleet:
         if keep_running:
             return
         async with anyio.create_task_group() as ending:
-            for record in self.records():
+            for record in self._folders.records():
                 if record.pid:
                     ending.start_soon(self._close_one, record.id)
 
@@ -211,17 +186,15 @@ class LocalFleet:
 
     # --- processes -----------------------------------------------------------------------------------------------
     async def _launch(self, record: LocalRecord, spec: WorkerSpec) -> None:
-        folder = self._folder / str(record.id)
-        log_path = folder / "worker.log"
-        if log_path.exists() and log_path.stat().st_size > _LOG_ROTATE_BYTES:
-            log_path.replace(folder / "worker.log.1")
+        folder = self._folders.of(record.id)
+        self._folders.rotate_log(record.id)
         environment = self._environment(record.slot, folder, spec)
         if self._settings.is_detached:
             pid = await anyio.to_thread.run_sync(
                 lambda: detached.spawn(self._settings.command, folder=folder, environment=environment)
             )
         else:
-            with log_path.open("ab") as output:
+            with self._folders.log(record.id).open("ab") as output:
                 process = await anyio.open_process(
                     [*self._settings.command],
                     stdin=subprocess.DEVNULL,
@@ -239,7 +212,7 @@ class LocalFleet:
             # The kernel lets the parent go on a moment before it shows the child's environment, which is the proof.
             while not psutil.Process(pid).environ():  # noqa: ASYNC110 - nobody tells
                 await anyio.sleep(_SHOWN_POLL_S)
-        self._write(
+        self._folders.write(
             msgspec.structs.replace(
                 record,
                 pid=pid,
@@ -273,21 +246,11 @@ class LocalFleet:
         }
 
     def _process(self, record: LocalRecord) -> psutil.Process | None:
-        """The living process of a record, if it is provably that one."""
-        if not record.pid:
-            return None
+        """The living process of a record; a child that ended may still be shown."""
         child = self._children.get(record.id)
         if child is not None and child.pid == record.pid and child.returncode is not None:
             return None
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(record.pid)
-            if (
-                abs(process.create_time() - record.process_started) < 1.0
-                and process.status() != psutil.STATUS_ZOMBIE
-                and process.environ().get(FOLDER_VARIABLE) == str(self._folder / str(record.id))
-            ):
-                return process
-        return None
+        return self._folders.process(record)
 
     async def _reaped(self, record: LocalRecord) -> None:
         """A child that has just ended: its exit code arrives through the event loop, just after its process went."""
@@ -310,7 +273,7 @@ class LocalFleet:
         child = self._children.get(record.id)
         code = child.returncode if child is not None and child.pid == record.pid else None
         if self._settings.is_detached:
-            code = detached.exit_code(self._folder / str(record.id))
+            code = detached.exit_code(self._folders.of(record.id))
         return FleetWorker(
             id=record.id,
             presence=Presence.EXITED,
@@ -331,7 +294,7 @@ class LocalFleet:
             with anyio.move_on_after(grace_s):
                 while self._process(record) is not None:  # noqa: ASYNC110 - an adopted process is nobody's child
                     await anyio.sleep(_POLL_S)
-        family.extend(self._session(record))
+        family.extend(self._folders.session(record.id))
         for member in family:
             with contextlib.suppress(psutil.Error):
                 member.kill()
@@ -339,49 +302,6 @@ class LocalFleet:
         if child is not None:
             with anyio.move_on_after(5.0):
                 await child.wait()
-
-    def _session(self, record: LocalRecord) -> Processes:
-        """Living processes whose environment names the worker's folder: engines that outlived their worker."""
-        folder = str(self._folder / str(record.id))
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.pid != os.getpid() and process.environ().get(FOLDER_VARIABLE) == folder:
-                    found.append(process)
-        return found
-
-    # --- records -------------------------------------------------------------------------------------------------
-    def records(self) -> Records:
-        """Every worker's record, in the order of their names."""
-        found = []
-        for path in sorted(self._folder.glob("*/local.json")):
-            with contextlib.suppress(OSError, msgspec.DecodeError):
-                found.append(msgspec.json.decode(path.read_bytes(), type=LocalRecord))
-        return found
-
-    def _record(self, worker_id: int) -> LocalRecord | None:
-        return next((record for record in self.records() if record.id == worker_id), None)
-
-    def _write(self, record: LocalRecord) -> None:
-        path = self._folder / str(record.id) / "local.json"
-        if not path.parent.exists():
-            return
-        draft = path.with_suffix(".new")
-        draft.write_bytes(msgspec.json.encode(record))
-        draft.replace(path)
-
-
-def last_lines(path: Path, count: int, block: int = 64 * 1024) -> str:
-    """The last lines of a text file, read from its end."""
-    with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        data = b""
-        while end > 0 and data.count(b"\n") <= count:
-            start = max(0, end - block)
-            file.seek(start)
-            data = file.read(end - start) + data
-            end = start
-    return b"".join(data.splitlines(keepends=True)[-count:]).decode(errors="replace")
 
 
 def _ending(code: int | None) -> str:
