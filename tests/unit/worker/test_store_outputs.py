@@ -152,6 +152,7 @@ async def test_files_under_any_key_are_kept_and_words_become_a_file(engine: AnEn
             "3": {"3d": [{"filename": "d.glb", "subfolder": "mesh", "type": "output"}]},
             "4": {"text": ["a cat", "a dog"]},
             "5": {"result": ["mesh/d.glb", None, None]},
+            "6": {"batches": [[{"filename": "b.bin"}], [[{"filename": "c.json"}]], 7, None, []]},
         }
     )
 
@@ -163,6 +164,8 @@ async def test_files_under_any_key_are_kept_and_words_become_a_file(engine: AnEn
         "text_4_0.txt",
         "text_4_1.txt",
         "d.glb",
+        "b.bin",
+        "c.json",
     ]
     assert not any(output.error for output in outputs)
     assert outputs[4].text == "a cat"

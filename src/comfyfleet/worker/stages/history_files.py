@@ -18,6 +18,7 @@ from comfyfleet.wire.workflow import Graph
 _PATH_LISTS = frozenset({"result", "3d"})  # 3D previews name a file by its path alone
 _MODEL_SUFFIXES = frozenset({".glb", ".gltf", ".obj", ".fbx", ".stl", ".ply", ".usdz"})
 _MAX_FILES = 5000
+_MAX_NESTING = 5
 _MAX_FOLDERS = 16
 
 
@@ -72,8 +73,7 @@ def named_files(entry: Mapping[str, Any]) -> list[NamedFile]:
 
 
 def _of_key(node_id: str, key: str, value: object) -> Iterator[NamedFile]:
-    items = value if isinstance(value, list) else [value]
-    for index, item in enumerate(items):
+    for index, item in enumerate(_flat(value)):
         if isinstance(item, Mapping):
             filename = item.get("filename")
             if isinstance(filename, str) and filename:
@@ -93,6 +93,15 @@ def _of_key(node_id: str, key: str, value: object) -> Iterator[NamedFile]:
             if path.suffix.lower() in _MODEL_SUFFIXES:
                 folder = "" if path.parent == PurePosixPath(".") else str(path.parent)
                 yield NamedFile(node_id=node_id, output_type=key, filename=path.name, subfolder=folder)
+
+
+def _flat(value: object, depth: int = 0) -> Iterator[object]:
+    """What stands in a list, and in lists within it: some nodes give a list for each item of a batch."""
+    if not isinstance(value, list):
+        yield value
+    elif depth < _MAX_NESTING:
+        for inner in value:
+            yield from _flat(inner, depth + 1)
 
 
 def located(named: NamedFile, folders: Mapping[str, Path]) -> str | None:
