@@ -18,7 +18,8 @@ import msgspec
 from comfyfleet.web import NOT_JSON
 from comfyfleet.wire.routing import RouteReady
 
-_FOLLOW_IDLE_S = 60.0
+# Our worker says every 15 s that it is alive; one that is silent for so long is asked again before it is lost.
+_FOLLOW_IDLE_S = 40.0
 _START = aiohttp.ClientTimeout(total=30.0)
 _FOLLOW = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=_FOLLOW_IDLE_S)
 _SYNC = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
