@@ -18,7 +18,11 @@ from comfyfleet.worker.housekeeping import CleanedFolders, clean
 
 
 @click.command()
-@click.option("--data-dir", type=click.Path(path_type=Path), help="Default: COMFYFLEET_DATA_DIR or the user's.")
+@click.option(
+    "--data-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Default: COMFYFLEET_DATA_DIR or the user's.",
+)
 @click.option("--min-free", type=int, help="Bytes that should be free (default COMFYFLEET_MIN_FREE_BYTES or 512 MB).")
 @click.option("--models-budget", type=int, help="Bytes that models may take; 0 (default) leaves them all.")
 @click.option("--dry-run", is_flag=True, help="Say what would go and stop.")

@@ -52,7 +52,7 @@ def opened(context: click.Context) -> Iterator[Connection]:
 @command.command("upgrade")
 @click.pass_context
 def upgrade_database(context: click.Context) -> None:
-    """Apply missing schema steps; `comfyfleet control` does the same at its start."""
+    """Apply missing schema steps. `comfyfleet control` does the same at its start."""
     with opened(context) as connection:
         applied = upgrade(connection)
     click.echo(f"applied steps {', '.join(map(str, applied))}" if applied else "nothing to do")

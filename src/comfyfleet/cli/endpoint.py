@@ -63,7 +63,7 @@ def list_endpoints(ask: Asking) -> None:
 @settings
 @asking
 def create_endpoint(ask: Asking, name: str, **values: Any) -> None:
-    """Make an endpoint; what is not given has the documented default."""
+    """Make an endpoint. What is not given has the documented default."""
     made = ask("POST", "/api/v0/endptjobs/", {"endpoint_name": name, **values})
     show(made) if ask.is_raw else click.echo(f"endpoint {made['result']} created; next: comfyfleet workergroup create")
 
@@ -84,7 +84,7 @@ def update_endpoint(ask: Asking, name: str, **values: Any) -> None:
 @click.argument("name")
 @asking
 def delete_endpoint(ask: Asking, name: str) -> None:
-    """Delete it with its workergroups and workers; running jobs end first."""
+    """Delete it with its workergroups and workers. Running jobs end first."""
     click.echo(ask("DELETE", f"/api/v0/endptjobs/{endpoint_id(ask, name)}/")["msg"])
 
 

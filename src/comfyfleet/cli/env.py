@@ -33,7 +33,7 @@ def list_variables(ask: Asking) -> None:
 @click.option("--plain", is_flag=True, help="Not a secret: the value may be shown.")
 @asking
 def set_variables(ask: Asking, assignments: tuple[str, ...], plain: bool) -> None:
-    """NAME=VALUE …; a NAME alone reads its value from standard input, so that no shell history keeps it."""
+    """Set NAME=VALUE, one or more. A NAME alone reads its value from standard input: no shell history keeps it."""
     for assignment in assignments:
         name, has_value, value = assignment.partition("=")
         if not name:

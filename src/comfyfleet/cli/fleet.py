@@ -26,7 +26,7 @@ def list_nodes(ask: Asking) -> None:
 @command.command("workers")
 @asking
 def list_workers(ask: Asking) -> None:
-    """Workers by machine: what the fleet provider sees, and what the control plane knows."""
+    """Workers by machine. What the fleet provider sees, and what the control plane knows."""
     columns = ("id", "presence", "status", "node", "url", "gpu_name", "price_hour", "started_at", "detail")
     _print(ask, ask("GET", "/v1/fleet/workers"), "workers", columns)
 

@@ -16,7 +16,7 @@ def command() -> None:
 
 @command.command("list")
 def list_templates() -> None:
-    """Name, hash (what a workergroup's template_hash names) and description of each."""
+    """Name, hash and description of each. The hash is what a workergroup's template_hash names."""
     for template in shipped_templates():
         click.echo(f"{template.name:<12} {template.hash_id}  {template.description}")
 

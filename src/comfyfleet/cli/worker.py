@@ -6,6 +6,7 @@ import os
 
 import anyio
 import click
+import structlog
 
 from comfyfleet import logs
 from comfyfleet.cli.values import PORT
@@ -13,6 +14,8 @@ from comfyfleet.clock import SystemClock
 from comfyfleet.ids import SystemIds
 from comfyfleet.settings.worker import from_environment
 from comfyfleet.worker import app
+
+log = structlog.get_logger()
 
 
 @click.command()
@@ -47,6 +50,9 @@ def command(
         env.pop("REPORT_ADDR", None)
     settings = from_environment(env)
     logs.configure(level=settings.log_level)
+    named = env.get("COMFYUI_INSTALL_PATH")
+    if named and settings.engines.install_path is None and not settings.engines.backends:
+        log.warning("comfyui.not_found", path=named, instead="the embedded engine")
 
     async def run() -> None:
         await app.serve(settings, env, clock=SystemClock(), ids=SystemIds())

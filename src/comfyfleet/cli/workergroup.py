@@ -59,6 +59,6 @@ def delete_workergroup(ask: Asking, workergroup_id: int) -> None:
 @click.option("--cancel", is_flag=True, help="Call a running update off.")
 @asking
 def update_workers(ask: Asking, workergroup_id: int, cancel: bool) -> None:
-    """Restart every worker with the present template and variables, drained one after the other."""
+    """Restart every worker, one by one. Each drains, and starts with the present template and variables."""
     answer = ask("POST", "/update_workers/", {"workergroup_id": workergroup_id, "cancel_update": cancel})
     click.echo("called off" if cancel else f"{answer['workers_to_update']} workers are updated in turn")

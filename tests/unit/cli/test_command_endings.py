@@ -72,6 +72,7 @@ def test_a_taken_port_a_foreign_address_and_no_host_name_are_refused_with_the_re
         ("control", "--port", "0", "--tls-cert", __file__, "--tls-key", __file__),
         ("db", "--database", "nonsense", "check"),
         ("engine", "--device", "gpu"),
+        ("clean", "--data-dir", "/no/such/folder"),
         ("env", "set", "=value", "--url", "http://127.0.0.1:1", "--api-key", "x"),
     ],
 )
