@@ -8,6 +8,8 @@ Source: Radford et al. 2021. Not here: the vision tower.
 from __future__ import annotations
 
 import functools
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -32,6 +34,8 @@ from comfyfleet.engine.models.residency import Precision, Resident, Source
 from comfyfleet.engine.values import ConditioningEntry
 
 START, END = 49406, 49407
+# Marks that a prompt's own text may hold: the end mark as it is written here, the start mark in any case.
+MARKS = re.compile(r"(<\|endoftext\|>)|(?i:<\|startoftext\|>)")
 PLACEHOLDER = 0  # the id of a token that brings its own row
 ROW_LENGTH = 77
 WORD_LIMIT = 8  # a piece of fewer tokens moves to the next row whole
@@ -179,6 +183,17 @@ def _tokenizer() -> instant_clip_tokenizer.Tokenizer:
     return instant_clip_tokenizer.Tokenizer()
 
 
+def token_ids(text: str) -> list[int]:
+    """The tokens of a text, first brought into Unicode's composed form (NFC); a mark is the one token it names."""
+    text = unicodedata.normalize("NFC", text)
+    ids: list[int] = []
+    done = 0
+    for mark in MARKS.finditer(text):
+        ids += [*_tokenizer().encode(text[done : mark.start()]), END if mark[1] else START]
+        done = mark.end()
+    return ids + list(_tokenizer().encode(text[done:]))
+
+
 def token_rows(text: str, find: FindRows = no_rows) -> list[list[Token]]:
     """A prompt as rows of 77: start mark, tokens, end mark, padding with end marks.
 
@@ -189,7 +204,7 @@ def token_rows(text: str, find: FindRows = no_rows) -> list[list[Token]]:
     for piece in parse(text):
         for part in words_and_rows(piece.text, find):
             group = (
-                [Token(id, piece.weight) for id in _tokenizer().encode(part)]
+                [Token(id, piece.weight) for id in token_ids(part)]
                 if isinstance(part, str)
                 else [Token(PLACEHOLDER, piece.weight, row) for row in part]
             )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from comfyfleet.engine.models.checkpoint import open_checkpoint
-from comfyfleet.engine.models.clip_text import ROW_LENGTH, open_clip, token_rows
+from comfyfleet.engine.models.clip_text import END, ROW_LENGTH, START, open_clip, token_rows
 from comfyfleet.engine.models.prompt_weights import Piece, parse
 from comfyfleet.engine.models.umt5 import ACE_USE, WAN_USE, open_umt5
 from comfyfleet.wire.errors import ModelFileUnusable
@@ -115,6 +115,24 @@ def test_stopping_a_layer_earlier_changes_the_embedding_and_not_the_pooled_row()
     assert torch.equal(last.pooled, earlier.pooled)
     assert torch.equal(last.embedding, too_deep.embedding)
     assert clip.stopping_at(-2).key != clip.key
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids"),
+    [
+        ("cat e\u0301 dog", [2368, 4166, 1929]),
+        ("\u212b A\u030a", [127, 354, 127, 354]),
+        ("a<|endoftext|>b", [320, END, 321]),
+        ("<|endoftext|><|endoftext|>,", [END, END, 267]),
+        ("a <|STARTOFTEXT|> b", [320, START, 321]),
+        ("a <|endoftext|", [320, 27, 347, 40786, 4160, 347]),
+        ("A<|EndOfText|>b", [320, 27, 347, 40786, 4160, 91, 285, 321]),
+    ],
+)
+def test_letters_are_composed_and_a_mark_in_the_text_is_one_token(prompt, ids):
+    (row,) = token_rows(prompt)
+
+    assert [token.id for token in row] == [START, *ids] + [END] * (ROW_LENGTH - 1 - len(ids))
 
 
 @settings(deadline=None)  # the first call reads the vocabulary
