@@ -5,7 +5,6 @@ A signature covers the path and the expiry, so neither can be changed; comparing
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 
 from comfyfleet.clock import Clock
@@ -35,4 +34,4 @@ class UrlSigner:
 
     def _digest(self, path: str, expires: int) -> str:
         message = f"{path}\n{expires}".encode()
-        return hmac.new(self._key, message, hashlib.sha256).hexdigest()
+        return hmac.digest(self._key, message, "sha256").hex()

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+_NO_NAMES = frozenset({"", ".", ".."})
+
 
 class StorageFailed(Exception):
     """The store refused or could not be reached. The text names no secret and no server path."""
@@ -46,7 +48,7 @@ class Storage(Protocol):
 
 def checked_key(key: str) -> str:
     """The key itself, if it is a plain relative path. Raises ValueError otherwise."""
-    parts = key.split("/")
-    if any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts) or len(key.encode()) > 1024:
+    is_plain = _NO_NAMES.isdisjoint(key.split("/")) and "\\" not in key and "\0" not in key
+    if not is_plain or len(key.encode()) > 1024:
         raise ValueError(f"not a storage key: {key[:80]!r}")
     return key

@@ -102,7 +102,9 @@ def _as_sent(prompt: list[Any]) -> list[Any]:
     if len(prompt) < 3 or not isinstance(prompt[2], Mapping):
         return prompt
     graph = {
-        node_id: {**node, "inputs": {name: value for name, value in node.get("inputs", {}).items() if name != NONCE}}
+        node_id: {**node, "inputs": {name: value for name, value in node["inputs"].items() if name != NONCE}}
+        if NONCE in node.get("inputs", ())
+        else node
         for node_id, node in prompt[2].items()
     }
     return [*prompt[:2], graph, *prompt[3:]]

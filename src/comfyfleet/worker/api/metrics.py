@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from comfyfleet.wire.jobs import RUN_FINAL
 from comfyfleet.worker.engines.pool import EngineState
 from comfyfleet.worker.job import Job
 from comfyfleet.worker.service import JobService
@@ -17,6 +18,7 @@ class WorkerMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.jobs = Counter("comfyfleet_jobs_total", "Finished jobs.", ["status"], registry=self.registry)
+        self._ended = {status: self.jobs.labels(status.value) for status in RUN_FINAL}
         self.faults = Counter("comfyfleet_job_faults_total", "Faults of runs.", ["kind"], registry=self.registry)
         self.seconds = Histogram(
             "comfyfleet_job_seconds",
@@ -37,7 +39,7 @@ class WorkerMetrics:
         self.engine_restarts.set_function(lambda: sum(slot.restarts for slot in service.engines))
 
     def finished(self, job: Job, seconds: float) -> None:
-        self.jobs.labels(job.status.value).inc()
+        self._ended[job.status].inc()
         self.seconds.observe(seconds)
         for kind in job.earlier_faults:
             self.faults.labels(kind.value).inc()
