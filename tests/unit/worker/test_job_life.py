@@ -55,6 +55,18 @@ def test_any_sequence_of_wishes_leaves_a_job_in_a_reachable_state_and_ends_it_at
     assert [event.number for event in job.events.events] == list(range(1, len(job.events.events) + 1))
 
 
+def test_who_wants_to_hear_of_the_end_is_told_at_once_where_it_has_come_already():
+    job, heard = a_job(), []
+    job.when_ended(heard.append)
+    assert not heard
+
+    job.finished = Finished(status=RunStatus.COMPLETED, http_status=200, body=b"{}")
+    job.when_ended(heard.append)
+
+    assert heard == [job]
+    assert job.followers == [heard.append]
+
+
 def test_every_status_can_still_end():
     for status in RunStatus:
         reachable, waiting = set(), [status]

@@ -86,6 +86,25 @@ async def test_a_durable_write_is_told_only_after_its_sync(journal: Journal, hel
             await told.wait()
 
 
+async def test_who_is_cancelled_while_its_write_is_synced_leaves_when_that_is_known(journal: Journal, held_sync):
+    asked, go = held_sync
+    known = anyio.Event()
+
+    async def write() -> None:
+        await journal.write(lambda db: db.execute(INSERT, ("one", b"")))
+        known.set()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(write)
+        assert await anyio.to_thread.run_sync(asked.wait, 60)
+        tasks.cancel_scope.cancel()
+        assert not known.is_set()
+        go.set()
+
+    assert known.is_set()
+    assert [row["name"] for row in journal.rows(FOUND)] == ["one"]
+
+
 async def test_closing_syncs_what_is_only_committed(tmp_path: Path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", synced.append)
