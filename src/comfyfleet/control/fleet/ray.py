@@ -189,7 +189,7 @@ class RayFleet:
 
     # --- asking --------------------------------------------------------------------------------------------------
     async def _ask(self, question: Question, timeout_s: float) -> msgspec.Raw:
-        """In a thread. What is on its way for a worker is not judged by a look that began before."""
+        """In a thread, so that a slow cluster holds up nobody else."""
         if self._threads is None:
             self._threads = anyio.CapacityLimiter(32)
         return await anyio.to_thread.run_sync(

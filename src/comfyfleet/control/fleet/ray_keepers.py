@@ -33,6 +33,7 @@ class _Keeper:
         self.workers: dict[int, NodeWorker] = {}
         self.is_heard = False
         self.is_silent = False  # the last time it was asked
+        self.is_new = True  # this handle has not answered yet
         self.calls = 0
         self.needed_at = 0.0
 
@@ -54,7 +55,8 @@ class Keepers:
             if number in busy or keeper.calls or not keeper.is_heard or _runs_something(keeper):
                 keeper.needed_at = now
             if now - keeper.needed_at < KEPT_S:
-                keeper.handle = keeper.handle or self._make(number)
+                if keeper.handle is None:
+                    keeper.handle, keeper.is_new = self._make(number), True
                 keeper.question = keeper.question or keeper.handle.workers.remote()
             elif keeper.handle is not None:
                 self._let_go(keeper)
@@ -62,8 +64,12 @@ class Keepers:
 
     def _hear(self) -> None:
         asked = [keeper for keeper in self._of.values() if keeper.question is not None]
+        # One that starts anew takes a second or two; what its machine has is known meanwhile, so nobody waits for it.
+        awaited = [keeper.question for keeper in asked if not (keeper.is_new and keeper.is_heard)]
+        if awaited:
+            ray.wait(awaited, num_returns=len(awaited), timeout=ASK_S)
         questions = [keeper.question for keeper in asked]
-        ready, _ = ray.wait(questions, num_returns=len(questions), timeout=ASK_S) if questions else ([], [])
+        ready, _ = ray.wait(questions, num_returns=len(questions), timeout=0) if questions else ([], [])
         for keeper in asked:
             keeper.is_silent = keeper.question not in ready
             if keeper.is_silent:
@@ -75,7 +81,7 @@ class Keepers:
                 keeper.handle, keeper.is_silent = None, True  # it died; the next look makes another
             else:
                 keeper.workers = {worker.seen.id: worker for worker in told}
-                keeper.is_heard = True
+                keeper.is_heard, keeper.is_new = True, False
 
     def _let_go(self, keeper: _Keeper) -> None:
         handle, keeper.handle, keeper.question, keeper.is_silent = keeper.handle, None, None, False
