@@ -22,6 +22,8 @@ from comfyfleet.control.fleet.ray_view import Placed
 ASK_S = 1.5
 # Shorter than Ray's idle timeout, longer than what a worker that is restarted leaves its machine empty.
 KEPT_S = 5.0
+# What starts on a machine has its processor to itself first: a keeper takes a second or two of it.
+BACK_AFTER_S = 4.0
 
 
 class _Keeper:
@@ -36,6 +38,7 @@ class _Keeper:
         self.is_new = True  # this handle has not answered yet
         self.calls = 0
         self.needed_at = 0.0
+        self.gone_since = float("inf")  # it was let go, and is needed again since then
 
 
 class Keepers:
@@ -54,27 +57,32 @@ class Keepers:
         for number, keeper in self._of.items():
             if number in busy or keeper.calls or not keeper.is_heard or _runs_something(keeper):
                 keeper.needed_at = now
-            if now - keeper.needed_at < KEPT_S:
-                if keeper.handle is None:
-                    keeper.handle, keeper.is_new = self._make(number), True
-                keeper.question = keeper.question or keeper.handle.workers.remote()
-            elif keeper.handle is not None:
+            if now - keeper.needed_at >= KEPT_S:
                 self._let_go(keeper)
+                continue
+            keeper.gone_since = min(keeper.gone_since, now)
+            if keeper.handle is None and (not keeper.is_heard or now - keeper.gone_since >= BACK_AFTER_S):
+                keeper.handle, keeper.is_new = self._make(number), True
+            if keeper.handle is not None:
+                keeper.question = keeper.question or keeper.handle.workers.remote()
         self._hear()
 
     def _hear(self) -> None:
-        asked = [keeper for keeper in self._of.values() if keeper.question is not None]
+        asked = [(keeper, question) for keeper in self._of.values() if (question := keeper.question) is not None]
+        if not asked:
+            return
         # One that starts anew takes a second or two; what its machine has is known meanwhile, so nobody waits for it.
-        awaited = [keeper.question for keeper in asked if not (keeper.is_new and keeper.is_heard)]
+        awaited = [question for keeper, question in asked if not (keeper.is_new and keeper.is_heard)]
         if awaited:
             ray.wait(awaited, num_returns=len(awaited), timeout=ASK_S)
-        questions = [keeper.question for keeper in asked]
-        ready, _ = ray.wait(questions, num_returns=len(questions), timeout=0) if questions else ([], [])
-        for keeper in asked:
-            keeper.is_silent = keeper.question not in ready
+        ready, _ = ray.wait([question for _, question in asked], num_returns=len(asked), timeout=0)
+        for keeper, question in asked:
+            if keeper.question is not question:
+                continue  # something was done there meanwhile: the answer is outdated
+            keeper.is_silent = question not in ready
             if keeper.is_silent:
                 continue
-            question, keeper.question = keeper.question, None
+            keeper.question = None
             try:
                 told = ray.get(question, timeout=ASK_S)
             except ray.exceptions.RayError:
@@ -85,6 +93,9 @@ class Keepers:
 
     def _let_go(self, keeper: _Keeper) -> None:
         handle, keeper.handle, keeper.question, keeper.is_silent = keeper.handle, None, None, False
+        keeper.gone_since = float("inf")
+        if handle is None:
+            return
         with suppress(ray.exceptions.RayError):
             ray.kill(handle)
 
