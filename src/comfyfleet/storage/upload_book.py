@@ -7,7 +7,6 @@ parts arrived is not here; the server is asked. The keys to the bucket are seale
 from __future__ import annotations
 
 import hashlib
-import os
 import sqlite3
 import threading
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from comfyfleet.durable_file import durable_file
 from comfyfleet.sealing import CannotOpen, Sealer
 from comfyfleet.settings.storage import S3Settings
 
@@ -48,13 +48,9 @@ class UploadBook:
     """The file. Every method is one transaction; blocking, safe from several threads."""
 
     def __init__(self, path: Path, sealer: Sealer) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         self._sealer = sealer
         self._lock = threading.Lock()
-        self._base = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        self._base.row_factory = sqlite3.Row
-        self._base.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _SCHEMA)
+        self._base = durable_file(path, _SCHEMA)
 
     def add(self, upload: OpenUpload) -> None:
         """It began; of one key in one bucket the latest counts."""

@@ -7,7 +7,6 @@ again changes nothing, so a restart may add what it is not sure of.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import threading
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from comfyfleet.durable_file import durable_file
 from comfyfleet.sealing import CannotOpen, Sealer
 
 _SCHEMA = """
@@ -111,13 +111,9 @@ class Outbox:
     """The file. Every method is one transaction; safe from several threads."""
 
     def __init__(self, path: Path, sealer: Sealer) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         self._sealer = sealer
         self._lock = threading.Lock()
-        self._base = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        self._base.row_factory = sqlite3.Row
-        self._base.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON;" + _SCHEMA)
+        self._base = durable_file(path, _SCHEMA)
 
     def add(
         self, identity: str, *, scope: str, job: str, event: str, host: str, receiver: Receiver, body: bytes, now: float
