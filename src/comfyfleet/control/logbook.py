@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+import anyio
 import structlog
 
 from comfyfleet.clock import Clock
@@ -31,6 +32,7 @@ class Logbook:
         self._store = store
         self._clock = clock
         self._unsaved: list[LogRow] = []
+        self._saving = anyio.Lock()
 
     def write(self, level: str, text: str, *, endpoint_id: int, workergroup_id: int = 0) -> None:
         """level: one of LEVELS."""
@@ -53,12 +55,14 @@ class Logbook:
         return {**texts, "logs": texts[LEVELS[-1]]}
 
     async def flush(self) -> None:
-        rows, self._unsaved = self._unsaved, []
-        try:
-            await self._store.add_logs(rows)
-        except ConnectionLost:
-            self._unsaved = [*rows, *self._unsaved][-_MOST_UNSAVED:]
-            raise
+        """Return when every line that was written is stored, whoever is storing it. Raises ConnectionLost."""
+        async with self._saving:
+            rows, self._unsaved = self._unsaved, []
+            try:
+                await self._store.add_logs(rows)
+            except ConnectionLost:
+                self._unsaved = [*rows, *self._unsaved][-_MOST_UNSAVED:]
+                raise
 
     async def run(self) -> None:
         """The loop that saves."""
