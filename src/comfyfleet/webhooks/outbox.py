@@ -41,7 +41,10 @@ INSERT OR IGNORE INTO webhook_event
 VALUES (?, ?, ?, ?, ?, ?, ?, 'waiting', 0, ?, ?, '')
 """
 # due: waiting events whose time has come, oldest promise first.
-_DUE = "SELECT * FROM webhook_event WHERE state = 'waiting' AND next_at <= ?{} ORDER BY next_at LIMIT ?"
+_DUE = (
+    "SELECT * FROM webhook_event WHERE state = 'waiting' AND next_at <= ?"
+    " AND host NOT IN (SELECT value FROM json_each(?)) ORDER BY next_at LIMIT ?"
+)
 # state: of one event.
 _STATE = "SELECT state FROM webhook_event WHERE id = ?"
 # next_at: when the loop has to wake for what is not due yet.
@@ -126,9 +129,9 @@ class Outbox:
 
     def due(self, now: float, limit: int, without: Sequence[str] = ()) -> list[OutgoingEvent]:
         """Events whose next attempt is due; none for the hosts `without`."""
-        marks = f" AND host NOT IN ({','.join('?' * len(without))})" if without else ""
+        hosts = msgspec.json.encode(without).decode()
         with self._lock:
-            rows = self._base.execute(_DUE.format(marks), (now, *without, limit)).fetchall()
+            rows = self._base.execute(_DUE, (now, hosts, limit)).fetchall()
         return [self._event(row) for row in rows]
 
     def state(self, identity: str) -> EventState | None:
