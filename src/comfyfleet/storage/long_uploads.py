@@ -10,9 +10,9 @@ will go on with (`worker.stages.tidy_uploads` decides).
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 
 import aiohttp
@@ -42,12 +42,11 @@ class LongUploads:
     def __init__(
         self, session: aiohttp.ClientSession, book: UploadBook, clock: Clock, ids: Ids, *, tunnel_url: str
     ) -> None:
-        self._session = session
         self.book = book
         self._clock = clock
-        self._ids = ids
         self._tunnel_url = tunnel_url
-        self._clients: OrderedDict[tuple[S3Settings, bool], S3Parts] = OrderedDict()
+        # One that is dropped has nothing to close: the session is everybody's.
+        self._clients = lru_cache(maxsize=_KEPT_CLIENTS)(partial(S3Parts, session=session, clock=clock, ids=ids))
 
     async def put(
         self,
@@ -121,14 +120,7 @@ class LongUploads:
         return upload, {}
 
     def _calls(self, settings: S3Settings, guarded: bool) -> S3Parts:
-        found = self._clients.pop((settings, guarded), None)
-        if found is None:
-            proxy_url = self._tunnel_url if guarded else ""
-            found = S3Parts(settings, self._session, self._clock, self._ids, proxy_url=proxy_url)
-        self._clients[settings, guarded] = found
-        while len(self._clients) > _KEPT_CLIENTS:
-            self._clients.popitem(last=False)
-        return found
+        return self._clients(settings, proxy_url=self._tunnel_url if guarded else "")
 
 
 @asynccontextmanager

@@ -6,9 +6,8 @@ One obstore client per set of credentials, kept while it is in use. A file of mo
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -121,18 +120,11 @@ class S3Storages:
     """The clients in use, by their settings; the least recently used one is dropped."""
 
     def __init__(self, clock: Clock, long: LongUploads) -> None:
-        self._clock = clock
-        self._long = long
-        self._kept: OrderedDict[tuple[S3Settings, str], S3Storage] = OrderedDict()
+        self._storage = lru_cache(maxsize=_KEPT_STORES)(partial(S3Storage, clock=clock, long=long))
 
     def get(self, settings: S3Settings, *, proxy_url: str = "") -> S3Storage:
         """The client for these credentials. Raises StorageFailed when they cannot be right."""
-        name = (settings, proxy_url)
-        found = self._kept.pop(name, None) or S3Storage(settings, self._clock, self._long, proxy_url=proxy_url)
-        self._kept[name] = found
-        while len(self._kept) > _KEPT_STORES:
-            self._kept.popitem(last=False)
-        return found
+        return self._storage(settings, proxy_url=proxy_url)
 
 
 def _checked_endpoint(url: str) -> str:
