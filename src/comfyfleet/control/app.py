@@ -32,6 +32,7 @@ from comfyfleet.control.api.hot_paths import HotPaths, posts
 from comfyfleet.control.api.jobs import JobApi
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.certificates import CertificateAuthority
+from comfyfleet.control.condition import Condition
 from comfyfleet.control.durable import DurablePlane, outreach
 from comfyfleet.control.fleet.base import FleetProvider
 from comfyfleet.control.fleet.local import LocalFleet, LocalSettings
@@ -272,11 +273,11 @@ def build(control: Control) -> ASGIApp:
     return HotPaths(app, {**posts(routes), ("POST", "/v1/jobs"): jobs.submit})
 
 
-def condition_of(control: Control) -> insight.Condition:
+def condition_of(control: Control) -> Condition:
     """Whether a load balancer may send callers here."""
-    shared = control.sharing.condition() if control.sharing is not None else insight.Condition()
+    shared = control.sharing.condition() if control.sharing is not None else Condition()
     if control.durable.feed.is_closed:  # connections that are kept open may still ask
-        return insight.Condition(why_unfit="it is stopping", facts=shared.facts)
+        return Condition(why_unfit="it is stopping", facts=shared.facts)
     return shared
 
 

@@ -16,9 +16,9 @@ import anyio
 
 from comfyfleet.clock import Clock
 from comfyfleet.control.account import Account
-from comfyfleet.control.api.insight import Condition
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.certificates import CertificateAuthority
+from comfyfleet.control.condition import Condition
 from comfyfleet.control.durable import DurablePlane
 from comfyfleet.control.forwarding import App, Forwarding, forwarding_session
 from comfyfleet.control.keys import ADMIN_PREFIX, Keyring, Vault, secret_file

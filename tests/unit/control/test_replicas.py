@@ -9,9 +9,9 @@ import pytest
 
 from comfyfleet.clock import SystemClock
 from comfyfleet.control.account import Account
-from comfyfleet.control.api.insight import Condition
 from comfyfleet.control.app import condition_of
 from comfyfleet.control.catalog import Catalog
+from comfyfleet.control.condition import Condition
 from comfyfleet.control.job_feed import JobFeed
 from comfyfleet.control.keys import Keyring, Vault, digest
 from comfyfleet.control.ownership import NotOwner

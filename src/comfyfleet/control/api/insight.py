@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 from fastapi import APIRouter
@@ -12,6 +11,7 @@ from starlette.responses import Response
 
 from comfyfleet.control.api.calling import Caller, add
 from comfyfleet.control.auth import READ
+from comfyfleet.control.condition import Condition
 from comfyfleet.control.logbook import Logbook
 from comfyfleet.control.management import Management
 from comfyfleet.control.metrics import Metrics
@@ -37,13 +37,6 @@ class LogsBody(msgspec.Struct, kw_only=True):
     id: int | None = None
     endpoint: str = ""
     tail: int | None = None
-
-
-class Condition(msgspec.Struct, frozen=True, kw_only=True):
-    """why_unfit: why a load balancer should send nobody here now, "" while it may. facts: what more there is to say."""
-
-    why_unfit: str = ""
-    facts: dict[str, Any] = {}
 
 
 def router(
