@@ -19,6 +19,14 @@ from comfyfleet.wire.generation import REQUEST_ID, GenerateInput, S3Target
 _FIELD = re.compile(r" - at `\$\.?([^`]*)`")
 # What stands in these is the caller's own and stays as it is.
 _OPAQUE = frozenset({"workflow_json", "modifications", "extra_params"})
+_YEAR_S = 366 * 24 * 3600.0
+# They become parts of a URL, of a signature and of a header.
+_S3_TEXTS = {
+    "bucket_name": re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}"),
+    "region": re.compile(r"[A-Za-z0-9-]{1,64}"),
+    "access_key_id": re.compile(r"[!-~]{1,512}"),
+    "secret_access_key": re.compile(r"[!-~]{1,512}"),
+}
 
 
 def parse_payload(payload: object) -> GenerateInput:
@@ -49,16 +57,6 @@ def without_blanks(block: Mapping[str, Any]) -> dict[str, Any]:
             continue
         kept[name] = without_blanks(value) if isinstance(value, Mapping) and name not in _OPAQUE else value
     return kept
-
-
-_YEAR_S = 366 * 24 * 3600.0
-# They become parts of a URL, of a signature and of a header.
-_S3_TEXTS = {
-    "bucket_name": re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}"),
-    "region": re.compile(r"[A-Za-z0-9-]{1,64}"),
-    "access_key_id": re.compile(r"[!-~]{1,512}"),
-    "secret_access_key": re.compile(r"[!-~]{1,512}"),
-}
 
 
 def check_request(request: GenerateInput) -> None:
