@@ -143,9 +143,10 @@ class S3Parts:
                     timeout=self._timeout,
                     allow_redirects=False,
                 ) as answer:
-                    text = (await answer.content.read(_ANSWER_BYTES)).decode(errors="replace")
-                    while not answer.content.at_eof() and len(text) < _ANSWER_BYTES:
-                        text += (await answer.content.read(_ANSWER_BYTES)).decode(errors="replace")
+                    body = b""
+                    while len(body) < _ANSWER_BYTES and not answer.content.at_eof():
+                        body += await answer.content.read(_ANSWER_BYTES - len(body))
+                    text = body.decode(errors="replace")
                     if "<Code>NoSuchUpload<" in text:
                         raise UploadGone("the server has forgotten the upload")
                     is_busy = answer.status in _BUSY or any(code in text for code in _BUSY_CODES)
