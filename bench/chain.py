@@ -1,9 +1,9 @@
 """The whole chain around an engine that renders nothing: client, control plane, worker and back, against the known one.
 
-Ours: our client, control plane, worker and fake engine. Theirs, in the same run and in turns: the unmodified `vastai`
-client and worker framework with a stub control plane and a stub model. All are processes of their own over loopback.
-The clients are told by their stdin what to do next, so that rounds of both alternate. Needs the environment that
-`make setup` makes for `vastai`; without it there is nothing to hold ours against, and no figures.
+Ours: our client, control plane and worker, and an engine that takes no time. Theirs, in the same run and in turns: the
+unmodified `vastai` client and worker framework with a stub control plane and a stub model. All are processes of their
+own over loopback. The clients are told by their stdin what to do next, so that rounds of both alternate. Needs the
+environment that `make setup` makes for `vastai`; without it there is nothing to hold ours against, and no figures.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _our_chain(folder: Path) -> Iterator[Chain]:
         listener.set_inheritable(True)
         base = f"http://127.0.0.1:{listener.getsockname()[1]}"
         words = ["--fd", str(listener.fileno()), "--data-dir", str(folder), "--fleet", "local", "--max-workers", "1"]
-        engine = f"{sys.executable} -m comfyfleet.testing.fake_engine --job-s 0"
+        engine = f"{sys.executable} {ROOT}/bench/_instant_engine.py"
         with (
             (folder / "log").open("wb") as log,
             _ended(
