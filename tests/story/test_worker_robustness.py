@@ -230,9 +230,11 @@ async def test_killing_the_engine_in_mid_job_runs_the_job_again_and_none_fails(t
     async with a_worker(tmp_path) as worker:
         accepted = []
         for number in range(6):
-            _, answer = await worker.generate(picture(number, seconds=0.3), path="/generate")
+            gate = "held" if number == 0 else ""  # held, so that the engine dies in the first one
+            _, answer = await worker.generate(picture(number, gate=gate), path="/generate")
             accepted.append(answer["id"])
         await worker.misbehave(killed=1)
+        worker.open_gate("held")
 
         answers = [await worker.result(job_id) for job_id in accepted]
         status, health = await worker.get("/health")
