@@ -72,6 +72,7 @@ async def test_of_many_ends_told_at_once_one_is_written(store):
 @pytest.mark.parametrize("store", ["postgres"], indirect=True)
 async def test_callers_whose_connections_are_cut_lose_nothing_and_store_nothing_twice(store, postgres_url):
     done, cuts = [], []
+    one_at_a_time = anyio.CapacityLimiter(1)  # two would cut each other
 
     def cut() -> None:
         with psycopg.connect(postgres_url, autocommit=True) as raw:
@@ -93,7 +94,7 @@ async def test_callers_whose_connections_are_cut_lose_nothing_and_store_nothing_
             await surely(partial(store.fail_waiting, job.id, error="{}", now=NOW))
             done.append(job.id)
             if len(done) % 40 == 0:
-                await anyio.to_thread.run_sync(cut)
+                await anyio.to_thread.run_sync(cut, limiter=one_at_a_time)
 
     with anyio.fail_after(120):
         async with anyio.create_task_group() as callers:
