@@ -119,6 +119,11 @@ async def running(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cl
             slots = [_slot(plan, session, clock, ids) for plan in plans]
             pool = EnginePool(slots, clock)
             supervisor = Supervisor(pool, clock=clock, ids=ids)
+
+            def finished(job: Job, seconds: float) -> None:
+                metrics.finished(job, seconds)
+                kit.drafts.renew()
+
             templates = [folder for folder in (folders.templates_dir, SHIPPED) if folder is not None]
             service = JobService(
                 pool=pool,
@@ -129,7 +134,7 @@ async def running(settings: WorkerSettings, env: Mapping[str, str], *, clock: Cl
                 durations=Durations(),
                 clock=clock,
                 ids=ids,
-                on_finished=metrics.finished,
+                on_finished=finished,
             )
             metrics.watch(service)
             if storage.notice:
@@ -274,9 +279,9 @@ def _stages(kit: Kit, pool: EnginePool, renders: RenderedJobs, operator_webhook:
     def expect_outputs(folder: str, graph: Graph) -> None:
         with suppress(OSError):  # storing makes them too, and tells
             place = kit.local.place_of(folder)
-            os.mkdir(place)
+            kit.drafts.make_folders(place)
             for below in expected_folders(graph):
-                os.makedirs(f"{place}/{below}", exist_ok=True)
+                kit.drafts.make_folders(f"{place}/{below}")
 
     async def keep_render(job: Job, rendered: Rendered) -> None:
         outputs = {"outputs": rendered.entry.outputs}

@@ -16,6 +16,7 @@ from comfyfleet.fetching.fetcher import GuardedFetcher
 from comfyfleet.ids import SeededIds
 from comfyfleet.sealing import Sealer
 from comfyfleet.signing import UrlSigner
+from comfyfleet.storage.drafts import Drafts
 from comfyfleet.storage.local import LocalStorage
 from comfyfleet.storage.long_uploads import long_uploads
 from comfyfleet.storage.s3 import S3Storages
@@ -52,6 +53,7 @@ class AnEngine:
         async with GuardedFetcher(rules, self.clock) as fetcher, long_uploads(book, self.clock, SeededIds(1)) as long:
             stage = StoreOutputs(
                 LocalStorage(self.root / "kept", "http://files.test", UrlSigner(b"k" * 32, self.clock), self.clock),
+                Drafts(self.root / "drafts"),
                 Destinations(None, S3Storages(self.clock, long), fetcher, tunnel_url=""),
                 url_expires_s=3600,
                 base64_max_bytes=self.base64_max_bytes,

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from comfyfleet.storage.local import place, place_bytes
+from comfyfleet.storage.drafts import Drafts
+from comfyfleet.storage.local import place
 from comfyfleet.worker.stages.media import MediaFacts, media_facts, peaks, poster
 
 POSTER_SUFFIX = ".poster.jpg"
@@ -44,11 +45,11 @@ def is_quick(source: str | None) -> bool:
 
 
 def keep(
-    source: str | None, text: str | None, target: str, *, folder: Path | None, drafts: Path, copy: bool
+    source: str | None, text: str | None, target: str, *, folder: Path | None, drafts: Drafts, copy: bool
 ) -> StoredFile:
     """Place one file at `target` and look at it. Blocking; raises OSError.
 
-    folder: what `source` must really be in. drafts: where small files are written before they are moved to `target`.
+    folder: what `source` must really be in. drafts: where small files are written first.
     """
     data = text.encode() if text is not None else None
     size = 0
@@ -62,7 +63,7 @@ def keep(
         finally:
             os.close(handle)
     if data is not None:  # small: read once, for all that is to be done with it
-        place_bytes(data, target, drafts)
+        drafts.place(data, target)
         size = len(data)
     facts = media_facts(target, data)
     has_poster = facts.kind == "video" and _keep_poster(target, drafts)
@@ -75,13 +76,13 @@ def keep(
     )
 
 
-def _keep_poster(film: str, drafts: Path) -> bool:
+def _keep_poster(film: str, drafts: Drafts) -> bool:
     """Put a still beside the film; False where there is none to be had, or its name would be too long."""
     picture = poster(film)
     if picture is None:
         return False
     try:
-        place_bytes(picture, poster_path(film), drafts)
+        drafts.place(picture, poster_path(film))
     except OSError as problem:
         if problem.errno != errno.ENAMETOOLONG:
             raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import anyio
@@ -22,6 +23,7 @@ from comfyfleet.sealing import Sealer
 from comfyfleet.settings.outreach import FetchSettings, WebhookSettings
 from comfyfleet.settings.storage import StorageSettings
 from comfyfleet.signing import UrlSigner
+from comfyfleet.storage.drafts import Drafts
 from comfyfleet.storage.local import LocalStorage
 from comfyfleet.storage.long_uploads import LongUploads, long_uploads
 from comfyfleet.storage.s3 import S3Storages
@@ -58,6 +60,7 @@ class Kit:
     destinations: Destinations
     signer: UrlSigner
     local: LocalStorage
+    drafts: Drafts
     fetcher: GuardedFetcher
     long_uploads: LongUploads
 
@@ -81,6 +84,9 @@ async def open_kit(
     rules = AddressRules.parse(fetch.allowed_private_hosts)
     signer = UrlSigner(places.key, clock)
     local = LocalStorage(places.output, storage.files_url, signer, clock)
+    # Workers that share an output folder have drafts of their own, the same in each of their lives.
+    drafts = Drafts(local.drafts / sha256(bytes(places.outbox)).hexdigest()[:12])
+    drafts.clear()
     outbox = Outbox(places.outbox, Sealer(places.key, "webhooks"))
     try:
         async with (
@@ -96,6 +102,7 @@ async def open_kit(
             inputs = InputStore(places.engine_input, clock, max_bytes=fetch.input_cache_bytes)
             webhooks = Webhooks(outbox, fetcher, clock, ids, trusted=trusted)
             loops.start_soon(webhooks.run, name="webhooks")
+            loops.start_soon(drafts.run, name="drafts")
             yield Kit(
                 fetch_inputs=FetchInputs(
                     fetcher,
@@ -109,6 +116,7 @@ async def open_kit(
                 ),
                 store_outputs=StoreOutputs(
                     local,
+                    drafts,
                     destinations,
                     url_expires_s=storage.url_expires_s,
                     base64_max_bytes=storage.base64_max_bytes,
@@ -118,6 +126,7 @@ async def open_kit(
                 destinations=destinations,
                 signer=signer,
                 local=local,
+                drafts=drafts,
                 fetcher=fetcher,
                 long_uploads=long,
             )

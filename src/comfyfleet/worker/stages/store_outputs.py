@@ -20,6 +20,7 @@ import anyio.to_thread
 import structlog
 
 from comfyfleet.storage.base import Storage, StorageFailed
+from comfyfleet.storage.drafts import Drafts
 from comfyfleet.storage.local import LocalStorage
 from comfyfleet.storage.long_uploads import PART_BYTES
 from comfyfleet.wire.errors import DiskFull, room_on_disk
@@ -46,9 +47,16 @@ class StoreOutputs:
     """The stage; one for the whole process, so that its limits hold over all jobs."""
 
     def __init__(
-        self, local: LocalStorage, destinations: Destinations, *, url_expires_s: float, base64_max_bytes: int
+        self,
+        local: LocalStorage,
+        drafts: Drafts,
+        destinations: Destinations,
+        *,
+        url_expires_s: float,
+        base64_max_bytes: int,
     ) -> None:
         self._local = local
+        self._drafts = drafts
         self._destinations = destinations
         self._url_expires_s = url_expires_s
         self._base64_max_bytes = base64_max_bytes
@@ -150,7 +158,7 @@ class StoreOutputs:
                     named.text,
                     target,
                     folder=where.folders.get(named.type),
-                    drafts=self._local.drafts,
+                    drafts=self._drafts,
                     copy=where.copy,
                 )
                 if is_quick(source):
