@@ -27,6 +27,8 @@ from comfyfleet.settings.outreach import FetchSettings, WebhookSettings
 from comfyfleet.settings.storage import S3Settings, StorageSettings
 from comfyfleet.testing.s3_server import ACCESS_KEY_ID, BUCKET, SECRET_ACCESS_KEY, s3_server
 from comfyfleet.wire.generation import GenerateInput
+from comfyfleet.worker.engines.client import HistoryEntry
+from comfyfleet.worker.stages.history_files import read_made
 from comfyfleet.worker.stages.kit import KitPlaces, open_kit
 
 MB = 1024 * 1024
@@ -171,7 +173,7 @@ async def measure(case: str, folder: Path, endpoint_url: str) -> dict[str, float
             with PeakMemory() as memory:
                 began = time.perf_counter()
                 outputs = await kit.store_outputs.run(
-                    {"outputs": {"1": {"files": named}}, "prompt": [1, "p", {}, {}, []]},
+                    read_made(HistoryEntry(outputs={"1": {"files": named}}, prompt=[1, "p", {}, {}, []])),
                     request_id=name,
                     request=GenerateInput(),
                     folders={"output": folder / "engine"},

@@ -20,6 +20,8 @@ from comfyfleet.testing.fault_proxy import Fault, fault_proxy
 from comfyfleet.testing.s3_server import S3Server, s3_server
 from comfyfleet.wire.errors import InputRefused, Unprocessable
 from comfyfleet.wire.generation import GenerateInput, OutputEntry, S3Target
+from comfyfleet.worker.engines.client import HistoryEntry
+from comfyfleet.worker.stages.history_files import read_made
 from comfyfleet.worker.stages.kit import Kit, KitPlaces, open_kit
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
@@ -81,8 +83,9 @@ async def store(kit: Kit, folder: Path, content: bytes, job: str, request: Gener
     path = folder / "engine" / "video" / "film.bin"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
+    named = {"9": {"images": [{"filename": "film.bin", "subfolder": "video", "type": "output"}]}}
     [output] = await kit.store_outputs.run(
-        {"outputs": {"9": {"images": [{"filename": "film.bin", "subfolder": "video", "type": "output"}]}}},
+        read_made(HistoryEntry(outputs=named)),
         request_id=job,
         request=request or GenerateInput(),
         folders={"output": folder / "engine"},

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import anyio
@@ -53,9 +52,8 @@ from comfyfleet.worker.pipeline import Stages
 from comfyfleet.worker.rendered import Rendered, RenderedJobs
 from comfyfleet.worker.service import JobService
 from comfyfleet.worker.stages.fetch_inputs import FetchedInputs
-from comfyfleet.worker.stages.history_files import expected_folders
+from comfyfleet.worker.stages.history_files import Made, expected_folders, missing_files
 from comfyfleet.worker.stages.kit import Kit, KitPlaces, open_kit
-from comfyfleet.worker.stages.store_outputs import missing_files
 from comfyfleet.worker.stages.tidy_uploads import TidyUploads
 from comfyfleet.worker.templates import SHIPPED, Templates
 from comfyfleet.worker.upkeep import Retention
@@ -267,13 +265,11 @@ def _stages(kit: Kit, pool: EnginePool, renders: RenderedJobs, operator_webhook:
             await pool.until_told()
         return await kit.fetch_inputs.run(graph, request, uploads=pool.uploads())
 
-    async def bring_outputs(
-        slot: EngineSlot, entry: dict[str, Any], prompt_id: str
-    ) -> tuple[Mapping[str, Path], set[str]]:
+    async def bring_outputs(slot: EngineSlot, made: Made, prompt_id: str) -> tuple[Mapping[str, Path], set[str]]:
         if not slot.is_remote:
-            return slot.folders, {named.node_id for named in missing_files(entry, slot.folders)}
+            return slot.folders, {named.node_id for named in missing_files(made.files, slot.folders)}
         folder = pulled / prompt_id
-        missing = await pull_outputs(slot.client, entry, folder)
+        missing = await pull_outputs(slot.client, made.files, folder)
         return {kind: folder / kind for kind in KINDS}, missing
 
     def expect_outputs(folder: str, graph: Graph) -> None:
@@ -284,8 +280,7 @@ def _stages(kit: Kit, pool: EnginePool, renders: RenderedJobs, operator_webhook:
                 kit.drafts.make_folders(f"{place}/{below}")
 
     async def keep_render(job: Job, rendered: Rendered) -> None:
-        outputs = {"outputs": rendered.entry.outputs}
-        if kit.store_outputs.is_long_way(outputs, request=job.request, folders=rendered.folders):
+        if kit.store_outputs.is_long_way(rendered.made, request=job.request, folders=rendered.folders):
             try:
                 await renders.keep(job, rendered)
             except (sqlite3.Error, OSError):  # a full disk, most likely: then a restart renders again
@@ -293,15 +288,14 @@ def _stages(kit: Kit, pool: EnginePool, renders: RenderedJobs, operator_webhook:
 
     def kept_render(job: Job) -> Rendered | None:
         found = renders.find(job)
-        if found is None or missing_files({"outputs": found.entry.outputs}, found.folders):
+        if found is None or missing_files(found.made.files, found.folders):
             return None
         return found
 
-    async def store_outputs(
-        entry: dict[str, Any], folder: str, request: GenerateInput, folders: Mapping[str, Path]
-    ) -> list[OutputEntry]:
+    async def store_outputs(job: Job, rendered: Rendered) -> list[OutputEntry]:
+        made, folders = rendered.made, rendered.folders
         try:
-            return await kit.store_outputs.run(entry, request_id=folder, request=request, folders=folders)
+            return await kit.store_outputs.run(made, request_id=job.folder, request=job.request, folders=folders)
         finally:
             place = os.path.dirname(folders["output"])
             if os.path.dirname(place) == str(pulled):  # downloaded for this job alone

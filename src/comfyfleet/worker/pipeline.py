@@ -35,6 +35,7 @@ from comfyfleet.worker.journal import Journal
 from comfyfleet.worker.rendered import Rendered
 from comfyfleet.worker.stages.execute import RunEnd, adopt, execute, withdraw
 from comfyfleet.worker.stages.fetch_inputs import FetchedInputs
+from comfyfleet.worker.stages.history_files import Made, read_made
 from comfyfleet.worker.stages.prepare import roll_dice, with_nonce
 
 log = structlog.get_logger()
@@ -50,12 +51,13 @@ class Stages:
     """The stages that know files and stores (`worker.stages`); the pipeline knows only what they promise."""
 
     fetch_inputs: Callable[[Graph, GenerateInput], Awaitable[FetchedInputs]]
-    bring_outputs: Callable[[EngineSlot, dict[str, Any], str], Awaitable[tuple[Mapping[str, Path], set[str]]]]
+    # Where a prompt's files are, by type, and the nodes whose files are gone.
+    bring_outputs: Callable[[EngineSlot, Made, str], Awaitable[tuple[Mapping[str, Path], set[str]]]]
     expect_outputs: Callable[[str, Graph], None]  # its folders are wanted soon; called while the engine renders
     # A render whose files are long under way is kept over a restart; the other gives what a former process kept.
     keep_render: Callable[[Job, Rendered], Awaitable[None]]
     kept_render: Callable[[Job], Rendered | None]
-    store_outputs: Callable[[dict[str, Any], str, GenerateInput, Mapping[str, Path]], Awaitable[list[OutputEntry]]]
+    store_outputs: Callable[[Job, Rendered], Awaitable[list[OutputEntry]]]
     check: Callable[[GenerateInput], None]
     resign: Callable[[list[OutputEntry], GenerateInput], Awaitable[None]]
     notify: Callable[[Job, Finished], Awaitable[None]]
@@ -110,7 +112,7 @@ class Pipeline:
                     job.advance(RunStatus.GENERATING, self._clock.now(), message="Rendered before a restart.")
                 entry = rendered.entry
                 job.advance(RunStatus.GENERATED, self._clock.now())
-                outputs = await self._stages.store_outputs(_as_dict(entry), job.folder, job.request, rendered.folders)
+                outputs = await self._stages.store_outputs(job, rendered)
         except FleetError as problem:
             error = problem
         except _RunFailed as failure:
@@ -130,15 +132,12 @@ class Pipeline:
         if adopted is None:
             fetched = await self._stages.fetch_inputs(graph, job.request)
             job.inputs, graph = fetched.files, roll_dice(fetched.graph, self._ids)
-        entry, folders = await self._render(job, graph, adopted)
-        rendered = Rendered(entry=entry, folders=dict(folders))
+        rendered = await self._render(job, graph, adopted)
         await self._stages.keep_render(job, rendered)
         return rendered
 
-    async def _render(
-        self, job: Job, graph: Graph, adopted: EngineSlot | None
-    ) -> tuple[HistoryEntry, Mapping[str, Path]]:
-        """A successful history entry whose files are there, and the folders they are in."""
+    async def _render(self, job: Job, graph: Graph, adopted: EngineSlot | None) -> Rendered:
+        """A success whose files are there."""
         avoid: frozenset[str] = frozenset()
         sent = with_nonce(graph, job.prompt_id) if job.request.force else graph
         while True:
@@ -147,15 +146,16 @@ class Pipeline:
             adopted = None
             fault = end.fault
             if fault is None and end.entry is not None:
+                made = read_made(end.entry)
                 try:
-                    folders, missing = await self._stages.bring_outputs(slot, _as_dict(end.entry), job.prompt_id)
+                    folders, missing = await self._stages.bring_outputs(slot, made, job.prompt_id)
                 except EngineGone as gone:
                     fault = Fault(kind=FaultKind.ENGINE_LOST, message="the engine's files cannot be had", details={})
                     log.info("engine.pull_failed", engine=slot.name, error=str(gone))
                 else:
                     if not missing:
                         self._learn(job, graph, watch, end.entry, slot)
-                        return end.entry, folders
+                        return Rendered(entry=end.entry, made=made, folders=dict(folders))
                     # A cached repeat whose files are gone: the same nodes again, past the cache.
                     fault = Fault(kind=FaultKind.OUTPUTS_GONE, message="the engine's files are gone", details={})
                     sent = with_nonce(graph, self._ids.request_id(), missing)
@@ -348,10 +348,6 @@ def _first_fleet_error(problem: BaseException) -> FleetError | None:
             if found is not None:
                 return found
     return None
-
-
-def _as_dict(entry: HistoryEntry) -> dict[str, Any]:
-    return {"prompt": entry.prompt, "outputs": entry.outputs, "status": entry.status, "meta": entry.meta}
 
 
 def _guess_s(node: dict[str, Any]) -> float:

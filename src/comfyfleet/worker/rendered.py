@@ -13,6 +13,7 @@ from comfyfleet.sealing import CannotOpen, Sealer
 from comfyfleet.worker.engines.client import HistoryEntry
 from comfyfleet.worker.job import Job
 from comfyfleet.worker.journal import Journal
+from comfyfleet.worker.stages.history_files import Made
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS rendered (
@@ -34,9 +35,10 @@ DELETE FROM rendered WHERE NOT EXISTS (
 
 
 class Rendered(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine made: its history, and where its files are, by type."""
+    """What an engine made: its history, what that names, and where the files are, by type."""
 
     entry: HistoryEntry
+    made: Made
     folders: dict[str, Path]
 
 

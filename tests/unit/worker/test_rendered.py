@@ -13,17 +13,20 @@ from comfyfleet.worker.engines.client import HistoryEntry
 from comfyfleet.worker.job import Finished, Job
 from comfyfleet.worker.journal import Journal
 from comfyfleet.worker.rendered import Rendered, RenderedJobs
+from comfyfleet.worker.stages.history_files import read_made
 
 pytestmark = pytest.mark.anyio
 
 SEALER = Sealer(b"k" * 32, "journal")
+ENTRY = HistoryEntry(
+    prompt=[1, "p", {"1": {"inputs": {"text": "a secret"}}}],
+    outputs={"9": {"images": [{"filename": "a.png"}], "text": ["a word"]}},
+    status={"status_str": "success"},
+    meta={"miniature": True},
+)
 MADE = Rendered(
-    entry=HistoryEntry(
-        prompt=[1, "p", {"1": {"inputs": {"text": "a secret"}}}],
-        outputs={"9": {"images": [{"filename": "a.png"}]}},
-        status={"status_str": "success"},
-        meta={"miniature": True},
-    ),
+    entry=ENTRY,
+    made=read_made(ENTRY),
     folders={"output": Path("/engine/output"), "temp": Path("/engine/temp")},
 )
 

@@ -23,9 +23,10 @@ from comfyfleet.storage.s3 import S3Storages
 from comfyfleet.storage.upload_book import UploadBook
 from comfyfleet.testing.clock import FakeClock
 from comfyfleet.wire.generation import GenerateInput, OutputEntry
+from comfyfleet.worker.engines.client import HistoryEntry
 from comfyfleet.worker.stages.destinations import Destinations
-from comfyfleet.worker.stages.history_files import expected_folders
-from comfyfleet.worker.stages.store_outputs import StoreOutputs, missing_files
+from comfyfleet.worker.stages.history_files import expected_folders, missing_files, read_made
+from comfyfleet.worker.stages.store_outputs import StoreOutputs
 
 pytestmark = pytest.mark.anyio
 
@@ -58,8 +59,8 @@ class AnEngine:
                 url_expires_s=3600,
                 base64_max_bytes=self.base64_max_bytes,
             )
-            entry = {"outputs": outputs, "prompt": [1, "p", graph or {}, {}, []]}
-            return await stage.run(entry, request_id="job-1", request=request or GenerateInput(), folders=self.folders)
+            made = read_made(HistoryEntry(outputs=outputs, prompt=[1, "p", graph or {}, {}, []]))
+            return await stage.run(made, request_id="job-1", request=request or GenerateInput(), folders=self.folders)
 
 
 @pytest.fixture
@@ -293,7 +294,8 @@ async def test_a_missing_file_says_so_and_the_others_are_kept(engine: AnEngine) 
 
     assert "not there" in outputs[0].error
     assert outputs[1].url
-    assert [one.filename for one in missing_files({"outputs": named}, engine.folders)] == ["gone.png"]
+    made = read_made(HistoryEntry(outputs=named))
+    assert [one.filename for one in missing_files(made.files, engine.folders)] == ["gone.png"]
 
 
 def test_the_folders_of_plain_prefixes_are_expected_and_nothing_outside():

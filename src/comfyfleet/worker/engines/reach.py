@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import anyio.to_thread
 
 from comfyfleet.worker.engines.client import EngineClient
-from comfyfleet.worker.stages.history_files import located, named_files
+from comfyfleet.worker.stages.history_files import NamedFile, located
 from comfyfleet.worker.stages.input_store import InputFile
 
 KINDS = ("output", "temp", "input")
@@ -54,11 +54,11 @@ async def place_inputs(
             await anyio.to_thread.run_sync(_link, file.path, folders["input"] / PurePosixPath(file.name))
 
 
-async def pull_outputs(client: EngineClient, entry: Mapping[str, Any], folder: Path) -> set[str]:
-    """Download what a history entry names to `<folder>/<type>/…`; the nodes whose files are gone. Raises EngineGone."""
+async def pull_outputs(client: EngineClient, files: Iterable[NamedFile], folder: Path) -> set[str]:
+    """Download what a prompt made to `<folder>/<type>/…`; the nodes whose files are gone. Raises EngineGone."""
     folders = {kind: folder / kind for kind in KINDS}
     gone = set()
-    for named in named_files(entry):
+    for named in files:
         target = located(named, folders)
         if named.text is not None or target is None:
             continue

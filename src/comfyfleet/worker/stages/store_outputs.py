@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -26,7 +25,7 @@ from comfyfleet.storage.long_uploads import PART_BYTES
 from comfyfleet.wire.errors import DiskFull, room_on_disk
 from comfyfleet.wire.generation import GenerateInput, OutputEntry, S3Target
 from comfyfleet.worker.stages.destinations import Destinations
-from comfyfleet.worker.stages.history_files import NamedFile, located, named_files, writes_in_place
+from comfyfleet.worker.stages.history_files import Made, NamedFile, located
 from comfyfleet.worker.stages.keep_file import POSTER_SUFFIX, StoredFile, is_quick, keep, poster_path
 
 log = structlog.get_logger()
@@ -70,14 +69,13 @@ class StoreOutputs:
         }
 
     async def run(
-        self, entry: Mapping[str, Any], *, request_id: str, request: GenerateInput, folders: Mapping[str, Path]
+        self, made: Made, *, request_id: str, request: GenerateInput, folders: Mapping[str, Path]
     ) -> list[OutputEntry]:
-        """Every file that the history entry names, in its order. `folders`: the engine's, by type: output, temp, input.
+        """Every file that a prompt made, in its order. `folders`: the engine's, by type: output, temp, input.
 
         Raises DiskFull; every other trouble of one file stands on its entry (`error`, `upload_error`).
         """
-        named = named_files(entry)
-        copy = writes_in_place(entry)
+        named = made.files
         keys = storage_keys(named, request_id)
         outputs = [
             OutputEntry(
@@ -94,7 +92,7 @@ class StoreOutputs:
         remote, refused = self._open(request.s3)
         where = _Where(
             folders=folders,
-            copy=copy,
+            copy=made.is_in_place,
             remote=remote,
             is_own_store=bool(request.s3.endpoint_url),
             expires_in_s=self._expiry(request),
@@ -114,11 +112,11 @@ class StoreOutputs:
             await self._attach_base64(outputs)
         return outputs
 
-    def is_long_way(self, entry: Mapping[str, Any], *, request: GenerateInput, folders: Mapping[str, Path]) -> bool:
+    def is_long_way(self, made: Made, *, request: GenerateInput, folders: Mapping[str, Path]) -> bool:
         """Will some file be long under way to a store? Blocking, for as long as a look at each file takes."""
         if self._open(request.s3)[0] is None:
             return False
-        sources = (located(one, folders) for one in named_files(entry))
+        sources = (located(one, folders) for one in made.files)
         return any(os.path.getsize(one) > PART_BYTES for one in sources if one is not None and os.path.isfile(one))
 
     async def resign(self, outputs: Sequence[OutputEntry], *, request: GenerateInput) -> None:
@@ -240,16 +238,6 @@ def storage_keys(named: Sequence[NamedFile], request_id: str) -> list[str]:
                 break
         keys.append(key)
     return keys
-
-
-def missing_files(entry: Mapping[str, Any], folders: Mapping[str, Path]) -> list[NamedFile]:
-    """Files that a history entry names and that are gone: a cached answer that must be rendered again. Blocking."""
-    gone = []
-    for one in named_files(entry):
-        source = located(one, folders)
-        if one.text is None and source is not None and not os.path.isfile(source):
-            gone.append(one)
-    return gone
 
 
 def _describe(output: OutputEntry, stored: StoredFile) -> None:
