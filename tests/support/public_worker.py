@@ -7,11 +7,12 @@ import os
 import subprocess
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 from comfyfleet.testing.processes import free_port
+from support.crowd_server import CrowdServer
 from support.vastai import vastai_python
 
 _SCRIPT = """
@@ -61,8 +62,7 @@ class StandInModel:
             def log_message(self, *arguments: Any) -> None:
                 return
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = CrowdServer(("127.0.0.1", 0), Handler)
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
