@@ -145,9 +145,9 @@ class ModelServer:
                 if hosted.bytes_per_s:
                     block = block[: max(1, int(hosted.bytes_per_s * 0.02))]
                     time.sleep(len(block) / hosted.bytes_per_s)
-                handler.wfile.write(f"{len(block):x}\r\n".encode() + block + b"\r\n" if hosted.is_chunked else block)
                 position += len(block)
-                asked.sent += len(block)
+                asked.sent += len(block)  # before: who has read it may ask at once how much was sent
+                handler.wfile.write(f"{len(block):x}\r\n".encode() + block + b"\r\n" if hosted.is_chunked else block)
         except OSError:
             handler.close_connection = True
 
