@@ -234,7 +234,7 @@ async def test_an_outage_in_the_middle_of_a_long_upload_is_waited_out(s3: S3Serv
 async def test_a_slow_upload_does_not_hold_up_other_jobs(s3: S3Server, tmp_path: Path) -> None:
     done = []
     async with fault_proxy(s3.port) as proxy, a_worker(tmp_path, operator(s3), "127.0.0.1") as kit:
-        proxy.faults = lambda _: Fault(delay_s=3.0)
+        proxy.hold(0)
         slow = GenerateInput(s3=a_target(s3, endpoint_url=proxy.url))
 
         async def run(job: str, request: GenerateInput | None) -> None:
@@ -243,7 +243,9 @@ async def test_a_slow_upload_does_not_hold_up_other_jobs(s3: S3Server, tmp_path:
 
         async with anyio.create_task_group() as jobs:
             jobs.start_soon(run, "slow", slow)
-            jobs.start_soon(run, "quick", None)
+            await proxy.until_held()
+            await run("quick", None)
+            proxy.release()
 
     assert done == [("quick", ""), ("slow", "")]
 
