@@ -51,7 +51,8 @@ class InstantEngine:
         await socket.send_json(_status(0))
         async for _ in socket:
             continue
-        self._sockets.pop(name, None)
+        if self._sockets.get(name) is socket:
+            del self._sockets[name]
         return socket
 
     async def _prompt(self, request: web.Request) -> web.Response:
@@ -71,7 +72,10 @@ class InstantEngine:
             "prompt": [len(self._history), prompt_id, graph, extra, list(shown)],
             "outputs": shown,
             "status": {"status_str": "success", "completed": True, "messages": messages},
-            "meta": {name: {**_of(name), "parent_node": None, "real_node_id": name} for name in shown},
+            "meta": {
+                name: {"node_id": name, "display_node": name, "parent_node": None, "real_node_id": name}
+                for name in shown
+            },
         }
         socket = self._sockets.get(body.get("client_id", ""))
         if socket is not None:
@@ -100,12 +104,10 @@ def _frames(
     for name in nodes:
         states[name] = _state(prompt_id, name, 0.0, "running")
         yield {"type": "progress_state", "data": {"prompt_id": prompt_id, "nodes": states}}
-        yield {"type": "executing", "data": {**_of(name), "node": name, "prompt_id": prompt_id}}
+        yield {"type": "executing", "data": {"node": name, "display_node": name, "prompt_id": prompt_id}}
         if name in shown:
-            yield {
-                "type": "executed",
-                "data": {**_of(name), "node": name, "output": shown[name], "prompt_id": prompt_id},
-            }
+            told = {"node": name, "display_node": name, "output": shown[name], "prompt_id": prompt_id}
+            yield {"type": "executed", "data": told}
         states[name] = _state(prompt_id, name, 1.0, "finished")
         yield {"type": "progress_state", "data": {"prompt_id": prompt_id, "nodes": states}}
     yield {"type": messages[2][0], "data": messages[2][1]}
@@ -115,10 +117,6 @@ def _frames(
 
 def _status(remaining: int) -> dict[str, Any]:
     return {"type": "status", "data": {"status": {"exec_info": {"queue_remaining": remaining}}}}
-
-
-def _of(name: str) -> dict[str, Any]:
-    return {"node_id": name, "display_node": name}
 
 
 def _state(prompt_id: str, name: str, value: float, state: str) -> dict[str, Any]:

@@ -52,6 +52,8 @@ _NEXT = "SELECT min(next_at) FROM webhook_event WHERE state = 'waiting' AND next
 # record: one attempt, and what follows from it.
 _LOG = "INSERT INTO webhook_delivery VALUES (?, ?, ?, ?, ?, ?, ?)"
 _APPLY = "UPDATE webhook_event SET state = ?, attempts = ?, next_at = ?, ended_at = ?, reason = ? WHERE id = ?"
+# deliveries: of some events, by their ids.
+_DELIVERIES = "SELECT * FROM webhook_delivery WHERE event_id IN (SELECT value FROM json_each(?)) ORDER BY at"
 # replay: tell again, under the same id.
 _REPLAY = (
     "UPDATE webhook_event SET state = 'waiting', attempts = 0, next_at = ?, ended_at = NULL"
@@ -182,10 +184,8 @@ class Outbox:
 
     def deliveries(self, identities: Sequence[str]) -> list[Delivery]:
         """Every logged attempt for these events, oldest first."""
-        marks = ",".join("?" * len(identities))
-        query = f"SELECT * FROM webhook_delivery WHERE event_id IN ({marks}) ORDER BY at"  # noqa: S608
         with self._lock:
-            rows = self._base.execute(query, tuple(identities)).fetchall()
+            rows = self._base.execute(_DELIVERIES, (msgspec.json.encode(identities).decode(),)).fetchall()
         return [Delivery(**dict(row)) for row in rows]
 
     def prune(self, before: float) -> int:
