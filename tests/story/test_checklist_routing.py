@@ -228,13 +228,15 @@ def test_checklist_16_shares_follow_the_scores_within_ten_percent(plane, endpoin
     assert 0.75 * 0.9 < share < 0.75 * 1.1
 
 
-def test_checklist_17_a_full_worker_gets_nothing_more_and_the_line_is_first_in_first_out(plane, endpoint, workers):
-    worker = workers(endpoint, score=10.0, reports=False)  # max_queue_time 30 s: full above 300 load units
+def test_checklist_17_a_full_worker_gets_nothing_more_and_the_line_is_first_in_first_out(plane, workers):
+    endpoint = make_endpoint(plane, "one full worker", max_queue_time=300.0)
+    worker = workers(endpoint, score=1.0, reports=False)  # full above 300 load units: no job ends by itself in time
     worker.report()
     taken = [route(plane, endpoint)[1] for _ in range(8)]
     placed = [body for body in taken if "url" in body]
     waiting = [body for body in taken if "url" not in body]
-    worker.report(working_request_idxs=[], num_requests_working=0, cur_load=0.0)
+    working = [body["request_idx"] for body in placed]
+    worker.report(working_request_idxs=working, num_requests_working=len(working), cur_load=100.0 * len(working))
     worker.finish(*({"request_idx": body["request_idx"], "success": True, "status": "Success"} for body in placed[:1]))
 
     last_first = [route(plane, endpoint, request_idx=body["request_idx"])[1] for body in reversed(waiting)]
@@ -352,14 +354,14 @@ def test_checklist_40_a_worker_killed_in_mid_job_leaves_routing_and_the_job_ends
 
     def hang(call):
         in_job.set()
-        other_side.wait(20)
+        other_side.wait(60)
         return 200, {"who": "first"}
 
     first = workers(endpoint, score=10.0, answer=hang)
     workers(endpoint, score=5.0, answer=lambda call: (200, {"who": "second"}))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         future = pool.submit(request_through_client, plane, endpoint, timeout=60.0)
-        assert in_job.wait(20)
+        assert in_job.wait(60)
         first.die()
         other_side.set()
         result = future.result()

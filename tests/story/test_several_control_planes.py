@@ -11,11 +11,12 @@ import signal
 import threading
 import time
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
 
+from support.crowd_server import CrowdServer
 from support.fleet_world import a_graph
 from support.replica_world import Load, ReplicaWorld, a_postgres, a_short_folder
 
@@ -92,7 +93,7 @@ class HookReceiver:
                 return
 
         self.taken: set[str] = set()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = CrowdServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/hook"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 
