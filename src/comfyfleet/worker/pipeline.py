@@ -155,7 +155,7 @@ class Pipeline:
                 else:
                     if not missing:
                         self._learn(job, graph, watch, end.entry, slot)
-                        return Rendered(entry=end.entry, made=made, folders=dict(folders))
+                        return Rendered(entry=end.entry, made=made, folders=folders)
                     # A cached repeat whose files are gone: the same nodes again, past the cache.
                     fault = Fault(kind=FaultKind.OUTPUTS_GONE, message="the engine's files are gone", details={})
                     sent = with_nonce(graph, self._ids.request_id(), missing)

@@ -5,6 +5,8 @@ nothing again. Only those: for a picture the upload is over before anything coul
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -13,7 +15,7 @@ from comfyfleet.sealing import CannotOpen, Sealer
 from comfyfleet.worker.engines.client import HistoryEntry
 from comfyfleet.worker.job import Job
 from comfyfleet.worker.journal import Journal
-from comfyfleet.worker.stages.history_files import Made
+from comfyfleet.worker.stages.history_files import Made, read_made
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS rendered (
@@ -34,11 +36,19 @@ DELETE FROM rendered WHERE NOT EXISTS (
 """
 
 
-class Rendered(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
     """What an engine made: its history, what that names, and where the files are, by type."""
 
     entry: HistoryEntry
     made: Made
+    folders: Mapping[str, Path]
+
+
+class _Kept(msgspec.Struct, frozen=True, kw_only=True):
+    """What is written down of it; the rest follows from the history."""
+
+    entry: HistoryEntry
     folders: dict[str, Path]
 
 
@@ -52,7 +62,8 @@ class RenderedJobs:
 
     async def keep(self, job: Job, rendered: Rendered) -> None:
         """The job's present prompt was rendered. Raises sqlite3.Error."""
-        plain = msgspec.json.encode(rendered, enc_hook=str)
+        kept = _Kept(entry=rendered.entry, folders=dict(rendered.folders))
+        plain = msgspec.json.encode(kept, enc_hook=str)
         values = (job.prompt_id, job.scope, job.key, self._sealer.seal(plain))
 
         def change(db: sqlite3.Connection) -> None:
@@ -68,6 +79,7 @@ class RenderedJobs:
             return None
         try:
             plain = self._sealer.open(rows[0]["sealed"])
-            return msgspec.json.decode(plain, type=Rendered, dec_hook=lambda kind, value: kind(value))
+            kept = msgspec.json.decode(plain, type=_Kept, dec_hook=lambda kind, value: kind(value))
         except (CannotOpen, msgspec.MsgspecError):
             return None
+        return Rendered(entry=kept.entry, made=read_made(kept.entry), folders=kept.folders)

@@ -20,13 +20,10 @@ from comfyfleet.wire.requests import check_s3
 
 _MAX_TIMEOUT_S = 300.0
 _MAX_ATTEMPTS = 10
-_NOTHING_ASKED = S3Target()
 
 
 def effective_s3(operator: S3Settings | None, request: S3Target) -> S3Settings | None:
     """The bucket and keys to use, or None for local files only. Raises Unprocessable naming the field."""
-    if operator is None and request == _NOTHING_ASKED:
-        return None
     operator = operator or S3Settings()
     check_s3(request, has_keys=operator.has_keys, has_bucket=bool(operator.bucket))
     own_keys = bool(request.access_key_id)

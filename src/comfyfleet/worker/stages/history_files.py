@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from comfyfleet.wire.workflow import Graph
@@ -23,23 +24,24 @@ _MAX_FOLDERS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class NamedFile:
-    """One thing that a node made. Either a file name, or `text` (then `filename` is ours).
-
-    path: `<subfolder>/<filename>` as a plain relative path, or None for one that tries to leave its folder.
-    """
+    """One thing that a node made. Either a file name, or `text` (then `filename` is ours)."""
 
     node_id: str
     output_type: str
     filename: str
     subfolder: str = ""
     type: str = "output"
-    path: str | None
     text: str | None = None
 
     @property
     def as_named(self) -> str:
         """`<subfolder>/<filename>`, letter for letter."""
         return f"{self.subfolder}/{self.filename}" if self.subfolder else self.filename
+
+    @cached_property
+    def path(self) -> str | None:
+        """The same as a plain relative path, or None for one that tries to leave its folder."""
+        return _plain_path(self.as_named)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,30 +95,21 @@ def _of_key(node_id: str, key: str, value: object) -> Iterator[NamedFile]:
             filename = item.get("filename")
             if isinstance(filename, str) and filename:
                 subfolder, kind = item.get("subfolder"), item.get("type")
-                kind = kind if isinstance(kind, str) and kind else "output"
-                yield _named(node_id, key, filename, subfolder if isinstance(subfolder, str) else "", kind)
+                yield NamedFile(
+                    node_id=node_id,
+                    output_type=key,
+                    filename=filename,
+                    subfolder=subfolder if isinstance(subfolder, str) else "",
+                    type=kind if isinstance(kind, str) and kind else "output",
+                )
         elif isinstance(item, str) and key == "text":
             safe_id = "".join(letter if letter.isalnum() else "_" for letter in node_id)[:64]
-            yield _named(node_id, key, f"text_{safe_id}_{index}.txt", text=item)
+            yield NamedFile(node_id=node_id, output_type=key, filename=f"text_{safe_id}_{index}.txt", text=item)
         elif isinstance(item, str) and key in _PATH_LISTS:
             path = PurePosixPath(item)
             if path.suffix.lower() in _MODEL_SUFFIXES:
                 folder = "" if path.parent == PurePosixPath(".") else str(path.parent)
-                yield _named(node_id, key, path.name, folder)
-
-
-def _named(
-    node_id: str, key: str, filename: str, subfolder: str = "", kind: str = "output", text: str | None = None
-) -> NamedFile:
-    return NamedFile(
-        node_id=node_id,
-        output_type=key,
-        filename=filename,
-        subfolder=subfolder,
-        type=kind,
-        path=_plain_path(f"{subfolder}/{filename}" if subfolder else filename),
-        text=text,
-    )
+                yield NamedFile(node_id=node_id, output_type=key, filename=path.name, subfolder=folder)
 
 
 def _flat(value: object, depth: int = 0) -> Iterator[object]:
