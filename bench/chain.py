@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from bench._processor import cpu_s
 from bench.figure import Figure
 from comfyfleet.testing.processes import free_port
 
@@ -49,7 +50,7 @@ class Chain:
     def round(self, callers: int, count: int, *, counts: bool = True) -> None:
         assert self.client.stdin is not None
         assert self.client.stdout is not None
-        before = {role: _cpu_s(process) for role, process in self.roles.items()}
+        before = {role: cpu_s(process) for role, process in self.roles.items()}
         self.client.stdin.write(json.dumps([callers, count]) + "\n")
         self.client.stdin.flush()
         line = self.client.stdout.readline()
@@ -62,16 +63,11 @@ class Chain:
         self.rates[callers].append(count / whole_s)
         self.requests += count
         for role, process in self.roles.items():
-            self.cpu_s[role] = self.cpu_s.get(role, 0.0) + _cpu_s(process) - before[role]
+            self.cpu_s[role] = self.cpu_s.get(role, 0.0) + cpu_s(process) - before[role]
 
     def cpu_ms(self) -> dict[str, float]:
         """CPU per request, by role."""
         return {role: 1000 * seconds / self.requests for role, seconds in self.cpu_s.items()}
-
-
-def _cpu_s(process: psutil.Process) -> float:
-    used = process.cpu_times()
-    return float(used.user + used.system)
 
 
 def figures() -> list[Figure]:

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from bench._http_load import drive
+from bench._processor import cpu_s
 from bench.figure import Figure
 from comfyfleet.control.jobs import Lease
 from comfyfleet.control.store.store import open_sqlite
@@ -134,11 +135,10 @@ def _submit(process: subprocess.Popen[bytes], port: int, key: str) -> tuple[floa
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     ).encode() + body
     server = psutil.Process(process.pid)
-    before = server.cpu_times()
+    before_s = cpu_s(server)
     rate, latencies = drive(port, lambda _: message, connections=CALLERS, seconds=SUBMIT_FOR_S, status=b"202")
-    after = server.cpu_times()
-    cpu_s = after.user - before.user + after.system - before.system
-    return rate, sorted(latencies)[int(len(latencies) * 0.99)] * 1000, cpu_s * 1000 / len(latencies)
+    used_s = cpu_s(server) - before_s
+    return rate, sorted(latencies)[int(len(latencies) * 0.99)] * 1000, used_s * 1000 / len(latencies)
 
 
 async def _lease(folder: Path) -> tuple[float, float]:

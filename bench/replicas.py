@@ -29,6 +29,7 @@ import psycopg
 import uvloop
 
 from bench._http_load import _Connection, drive, post
+from bench._processor import cpu_s
 from bench.figure import Figure
 
 ENDPOINTS, WORKERS_EACH = 8, 10
@@ -80,8 +81,7 @@ class Plane:
             return json.loads(answer.read())
 
     def cpu_s(self) -> float:
-        times = psutil.Process(self.process.pid).cpu_times()
-        return times.user + times.system
+        return cpu_s(psutil.Process(self.process.pid))
 
     def close(self) -> None:
         self.process.send_signal(signal.SIGTERM)

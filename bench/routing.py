@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import psutil
 
 from bench._http_load import drive, post
+from bench._processor import cpu_s
 from bench._route_server import ADMIN_KEY
 from bench.figure import Figure
 from comfyfleet.control.scaling import ScalePolicy
@@ -74,11 +75,10 @@ class Routed:
 
     def saturate(self, seconds: float) -> None:
         """A turn as fast as it goes."""
-        before = self.process.cpu_times()
+        before_s = cpu_s(self.process)
         rate, _ = drive(self.port, route_requests, seconds=seconds)
-        after = self.process.cpu_times()
+        self.cpu_s += cpu_s(self.process) - before_s
         self.requests += rate * seconds
-        self.cpu_s += after.user + after.system - before.user - before.system
 
     def half_load(self, rate: float, seconds: float) -> None:
         """A turn at `rate`, each request counted from when it was due."""
@@ -149,12 +149,11 @@ def report_figures() -> list[Figure]:
 
     with server("ours", MANY_WORKERS) as (port, process):
         drive(port, report, rate=1900.0, seconds=2.0, connections=64)
-        before = process.cpu_times()
+        before_s = cpu_s(process)
         began = time.perf_counter()
         rate, _ = drive(port, report, rate=1900.0, seconds=8.0, connections=64)
         took_s = time.perf_counter() - began
-        after = process.cpu_times()
-    busy_s = after.user + after.system - before.user - before.system
+        busy_s = cpu_s(process) - before_s
     # What was not sent for lack of a processor is charged as if it had been.
     cores = busy_s / took_s * max(1.0, 1900.0 / rate)
     return [Figure(name="cores for 10,000 workers' reports", value=cores, unit="cores", goal=0.5, better="lower")]
