@@ -9,16 +9,19 @@ numbers in virtual time.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 # A ticket that was never used: its client went away between the route answer and the worker.
 BOOKING_GRACE_S = 10.0
 UNKNOWN_COST = 100.0
 
 
-@dataclass(slots=True, kw_only=True)
-class Booking:
-    """One request on one worker. seen: the worker has listed it. swap: load units lost to loading its models first."""
+class Booking(msgspec.Struct, kw_only=True, gc=False):
+    """One request on one worker. seen: the worker has listed it. swap: load units lost to loading its models first.
+
+    One is kept with every ticket (see `route_queue` for `gc=False`).
+    """
 
     request_idx: int
     cost: float

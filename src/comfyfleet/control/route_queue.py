@@ -3,6 +3,9 @@
 A record outlives its answer, because the public client comes back with the same `request_idx` after a failure. A line
 is ordered by arrival, and a request that comes back takes its old place in it. Durable jobs stand in a line of their
 own, since a key's rate limit held them up before they were accepted. No decisions here (`desk`, `turns`).
+
+Tickets are kept by the hundred thousand, and none is ever part of a cycle, so Python's cycle collector need not know
+of them (`gc=False`): to look at 67,000 each time took it 50 ms, in which nobody was answered.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from itertools import islice
 from typing import NamedTuple
 
 import anyio
+import msgspec
 
 from comfyfleet.control.router import Want
 
@@ -33,8 +37,7 @@ class Phase(StrEnum):
     FINISHED = "finished"
 
 
-@dataclass(slots=True, kw_only=True)
-class RouteTicket:
+class RouteTicket(msgspec.Struct, kw_only=True, eq=False, gc=False):
     """One logical request. order: its place in the line. excluded: workers that just failed it, until when.
 
     avoided: workers that refused it as full; tried again only where no other has room.
@@ -61,7 +64,7 @@ class RouteTicket:
     is_accounted: bool = False  # what it took on its present worker is known
     bypassed: int = 0
     excluded: dict[int, float] | None = None
-    avoided: frozenset[int] = frozenset()
+    avoided: frozenset[int] = _NOBODY
     changed: anyio.Event | None = None
 
     @property

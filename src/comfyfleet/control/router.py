@@ -32,8 +32,8 @@ class Refusal(StrEnum):
     ALL_EXCLUDED = "all_excluded"  # the ready ones have just failed this request
 
 
-class Want(msgspec.Struct, frozen=True):
-    """What routing knows of a request."""
+class Want(msgspec.Struct, frozen=True, gc=False):
+    """What routing knows of a request. One is kept with every ticket (see `route_queue` for `gc=False`)."""
 
     cost: float
     models: frozenset[str] = frozenset()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -320,3 +322,18 @@ def test_a_full_worker_is_never_chosen_and_a_load_is_what_is_booked(steps, score
         if ends and load.count:
             load.finish(next(iter(load.requests())), 0.0)
         assert load.booked_cost == pytest.approx(sum(load.booking(idx).cost for idx in load.requests()))
+
+
+async def test_requests_that_have_their_workers_cost_the_cycle_collector_nothing(tmp_path):
+    """A hundred thousand are remembered for minutes, and nobody is answered while it looks at them."""
+    world = await a_world_with(tmp_path, 1e6)
+    world.ask()
+    gc.collect()
+    before = len(gc.get_objects())
+
+    placed = [isinstance(world.ask(), Placed) for _ in range(500)]
+    gc.collect()
+
+    assert all(placed)
+    assert len(gc.get_objects()) - before < 50
+    await close(world)

@@ -8,6 +8,7 @@ worker sooner; the client gives up on one after 10 s.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import anyio
 import msgspec
@@ -39,6 +40,8 @@ MAX_COST = 1e9
 HELD_S = 0.8
 # Our own client may ask to be held longer (header `Prefer: wait=N`).
 HELD_CAP_S = 8.0
+
+_NO_MODELS: frozenset[str] = frozenset()
 
 _decoder = msgspec.json.Decoder(RouteRequest)
 _encoder = msgspec.json.Encoder()
@@ -126,7 +129,7 @@ class RouteApi:
             cost=wanted.cost if learned is None else learned,
             request_idx=wanted.request_idx,
             replay_timeout=min(max(wanted.replay_timeout, 1.0), 3600.0),
-            models=frozenset(hint.models) if hint is not None else frozenset(),
+            models=_model_set(hint.models) if hint is not None else _NO_MODELS,
             shape=shape,
         )
 
@@ -154,6 +157,12 @@ class RouteApi:
                 ticket.changed = anyio.Event()
             with anyio.move_on_after(left_s):
                 await ticket.changed.wait()
+
+
+@lru_cache(maxsize=4096)
+def _model_set(models: tuple[str, ...]) -> frozenset[str]:
+    """One set for all requests that name the same models: a ticket keeps it as long as it lives."""
+    return frozenset(models)
 
 
 def parse_route_request(body: bytes) -> RouteRequest:
