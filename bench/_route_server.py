@@ -12,7 +12,7 @@ from pathlib import Path
 import anyio
 import msgspec
 import uvicorn
-from cryptography.hazmat.primitives.asymmetric import ed25519
+from nacl.signing import SigningKey
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -37,12 +37,12 @@ ADMIN_KEY = "cfa_bench"
 
 def bare() -> Starlette:
     """Parse the same body, sign one Ed25519 ticket, answer."""
-    key = ed25519.Ed25519PrivateKey.generate()
+    key = SigningKey.generate()
     decoder, encoder = msgspec.json.Decoder(RouteRequest), msgspec.json.Encoder()
 
     async def route(request: Request) -> Response:
         wanted = decoder.decode(await request.body())
-        signature = key.sign(encoder.encode(wanted)).hex()
+        signature = key.sign(encoder.encode(wanted)).signature.hex()
         return Response(
             encoder.encode({"url": "http://127.0.0.1:3000", "ticket": signature}), media_type="application/json"
         )

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from nacl.exceptions import BadSignatureError
+from nacl.signing import VerifyKey
 
 from comfyfleet.clock import Clock
 from comfyfleet.wire.errors import Unauthorized, Unprocessable
@@ -40,7 +41,7 @@ class TicketChecker:
         key = load_pem_public_key(public_key_pem)
         if not isinstance(key, Ed25519PublicKey):
             raise ValueError("the ticket key is not an Ed25519 key")
-        self._key = key
+        self._key = VerifyKey(key.public_bytes_raw())
         self._url = url
         self._endpoint = endpoint
         self._incarnation = incarnation
@@ -93,9 +94,9 @@ class TicketChecker:
             head, body, signature = token.split(".")
             if msgspec.json.decode(_unpadded(head), type=_Header).alg != ALGORITHM:
                 raise ValueError("other algorithm")
-            self._key.verify(_unpadded(signature), f"{head}.{body}".encode("ascii"))
+            self._key.verify(f"{head}.{body}".encode("ascii"), _unpadded(signature))
             return msgspec.json.decode(_unpadded(body), type=TicketClaims)
-        except (ValueError, InvalidSignature, msgspec.DecodeError) as error:
+        except (ValueError, BadSignatureError, msgspec.DecodeError) as error:
             raise Unauthorized("this ticket was not signed by our control plane", reason="bad_signature") from error
 
     def _forget_expired(self) -> None:
