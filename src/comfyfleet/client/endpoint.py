@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,7 @@ class Endpoint:
         way = _Way(self, self._client, watched, cost=cost, hint=hint_of(payload) if hint is None else hint)
         watched.create_time = self._client.clock.now()
         try:
-            with anyio.fail_after(timeout):
+            with anyio.fail_after(timeout) if timeout is not None else nullcontext():
                 outcome = await way.go(
                     route,
                     dict(payload),

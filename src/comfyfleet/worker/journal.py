@@ -125,6 +125,11 @@ class Journal:
 
     def rows(self, statement: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
         """Committed rows; for look-ups by an index."""
+        if self._turn.acquire(blocking=False):
+            try:  # nobody writes: that connection has the newest pages at hand, another reads them anew
+                return self._db.execute(statement, values).fetchall()
+            finally:
+                self._turn.release()
         return self._reader.execute(statement, values).fetchall()
 
     async def accept(self, job: Job) -> None:

@@ -67,8 +67,9 @@ async def follow(slot: EngineSlot, watch: PromptWatch, *, clock: Clock, first_po
     """Wait for the end of a submitted prompt. An adopted one is asked for at once: it may have ended long ago."""
     poll_s = first_poll_s
     while True:
-        with anyio.move_on_after(poll_s):
-            await watch.hint.wait()
+        if not watch.hint.is_set():
+            with anyio.move_on_after(poll_s):
+                await watch.hint.wait()
         poll_s = POLL_S
         if watch.lost is not None:
             return _lost(slot, watch)
