@@ -1,7 +1,8 @@
-"""Ids that are neighbours in an index when they are neighbours in time."""
+"""Ids: what they look like, that neighbours in time are neighbours in an index, and that no two are the same."""
 
 from __future__ import annotations
 
+import os
 import uuid
 
 from comfyfleet.ids import SeededIds, SystemIds
@@ -20,3 +21,26 @@ def test_two_ordered_ids_of_one_moment_differ():
     ids = SystemIds()
 
     assert len({ids.ordered_id(1.0) for _ in range(1000)}) == 1000
+
+
+def test_request_ids_are_uuid4():
+    ids = SystemIds()
+    made = [uuid.UUID(ids.request_id()) for _ in range(1000)]
+
+    assert {(one.version, one.variant) for one in made} == {(4, uuid.RFC_4122)}
+    assert len(set(made)) == 1000
+
+
+def test_a_forked_child_draws_ids_of_its_own():
+    ids = SystemIds()
+    ids.request_id()  # noise for more lies ready now
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(writing, ids.request_id().encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+
+    assert os.read(reading, 64).decode() != ids.request_id()
+    os.close(reading)
+    os.close(writing)

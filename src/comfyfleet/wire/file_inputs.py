@@ -33,6 +33,7 @@ _KNOWN: Mapping[str, frozenset[str]] = {
     "VHS_LoadImagePath": frozenset({"image"}),
 }
 _FILE_NAMES = frozenset({"image", "mask", "audio", "video", "file", "latent", "model_file", "audio_file", "image_path"})
+_NONE: frozenset[str] = frozenset()
 _URLS, _DATA = ("http://", "https://", "s3://"), ("data:",)
 _SCHEMES = (*_URLS, *_DATA)
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -91,7 +92,7 @@ def only_engine_knows(graph: Graph) -> bool:
         else isinstance(value, Mapping) and ("url" in value or "base64" in value)
         for node in graph.values()
         for name, value in node["inputs"].items()
-        if not _expects_file(node["class_type"], name, {})
+        if name not in _known_files(node["class_type"])
     )
 
 
@@ -100,8 +101,8 @@ def file_references(graph: Graph, uploads: Mapping[str, frozenset[str]] | None =
     return [
         reference
         for node_id, node in graph.items()
-        for name, value in node["inputs"].items()
-        if not is_link(value) and _expects_file(node["class_type"], name, uploads or {})
+        for name, value in _file_inputs(node, uploads)
+        if not is_link(value)
         for reference in _references(FileReference(node_id=node_id, class_type=node["class_type"], input=name), value)
     ]
 
@@ -109,15 +110,24 @@ def file_references(graph: Graph, uploads: Mapping[str, frozenset[str]] | None =
 def plain_names(graph: Graph, uploads: Mapping[str, frozenset[str]] | None = None) -> Iterator[str]:
     """The plain file names that a graph's loaders are given; call after `file_references` has let them through."""
     for node in graph.values():
-        for name, value in node["inputs"].items():
-            if isinstance(value, str) and _expects_file(node["class_type"], name, uploads or {}):
+        for _, value in _file_inputs(node, uploads):
+            if isinstance(value, str):
                 yield value
 
 
-def _expects_file(class_type: str, name: str, uploads: Mapping[str, frozenset[str]]) -> bool:
-    if name in _KNOWN.get(class_type, ()) or name in uploads.get(class_type, ()):
-        return True
-    return "load" in class_type.lower() and name in _FILE_NAMES and "base64" not in class_type.lower()
+def _file_inputs(node: Mapping[str, Any], uploads: Mapping[str, frozenset[str]] | None) -> list[tuple[str, object]]:
+    """(name, value) of the inputs that take a file; most nodes have none."""
+    expected = _known_files(node["class_type"])
+    if uploads:
+        expected |= uploads.get(node["class_type"], _NONE)
+    return [(name, value) for name, value in node["inputs"].items() if name in expected] if expected else []
+
+
+def _known_files(class_type: str) -> frozenset[str]:
+    """Names of a node type's inputs that take a file, as far as names tell."""
+    known = _KNOWN.get(class_type, _NONE)
+    lower = class_type.lower()
+    return known | _FILE_NAMES if "load" in lower and "base64" not in lower else known
 
 
 def _references(place: FileReference, value: object) -> Iterator[FileReference]:

@@ -109,14 +109,8 @@ def unfit_value(value: object, max_depth: int = MAX_DEPTH) -> str | None:
 
 
 def is_link(value: object) -> bool:
-    """True for `[node_id, output_index]`, the form of a link."""
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and isinstance(value[0], str)
-        and isinstance(value[1], int)
-        and not isinstance(value[1], bool)
-    )
+    """True for `[node_id, output_index]`, the form of a link in JSON: asked of every input, several times a job."""
+    return type(value) is list and len(value) == 2 and type(value[0]) is str and type(value[1]) is int
 
 
 def links(node: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:

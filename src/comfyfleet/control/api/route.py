@@ -159,7 +159,7 @@ class RouteApi:
                 await ticket.changed.wait()
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _model_set(models: tuple[str, ...]) -> frozenset[str]:
     """One set for all requests that name the same models: a ticket keeps it as long as it lives."""
     return frozenset(models)
