@@ -15,7 +15,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from bench._fresh_folder import fresh_folder
 from bench._processor import cpu_s
 from bench.figure import Figure
 from comfyfleet.testing.processes import free_port
@@ -76,9 +76,9 @@ def figures() -> list[Figure]:
     if not Path(python).exists():
         print("chain: the real vastai client is not installed; `make setup` installs it", file=sys.stderr)
         return []
-    with tempfile.TemporaryDirectory(prefix="cf-chain-") as folder, contextlib.ExitStack() as stack:
-        ours = stack.enter_context(_our_chain(Path(folder) / "ours"))
-        theirs = stack.enter_context(_their_chain(Path(folder) / "theirs", python))
+    with fresh_folder() as folder, contextlib.ExitStack() as stack:
+        ours = stack.enter_context(_our_chain(folder / "ours"))
+        theirs = stack.enter_context(_their_chain(folder / "theirs", python))
         for chain in (ours, theirs):
             for callers in SIZES:
                 chain.round(callers, 30, counts=False)

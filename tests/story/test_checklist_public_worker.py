@@ -18,7 +18,7 @@ from support.yardstick import Yardstick
 
 pytestmark = pytest.mark.slow
 
-JOB_S = 1.0
+JOB_S = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def plane(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def worker(plane, tmp_path_factory):
-    """One public worker whose model takes a second a job. Times are the framework's and the control plane's own."""
+    """One public worker whose model takes two seconds a job. Times are the framework's and the control plane's own."""
     worker = PublicWorker(plane, "public", tmp_path_factory.mktemp("worker"), job_s=JOB_S)
     with Yardstick() as worker.machine:
         until(lambda: row(plane, worker)["started_at"] > 0, time.monotonic(), 120)
