@@ -1,4 +1,4 @@
-"""The durable half of the control plane, put together: admission, dispatcher, webhooks, ledger, janitor.
+"""The durable half of the control plane, put together: admission, dispatcher, leases, webhooks, ledger, janitor.
 
 A composition root like `plane` (routing), on whose desk and registry it stands.
 """
@@ -18,6 +18,7 @@ from comfyfleet.control.admission import Admission
 from comfyfleet.control.backlog import Backlog
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.dispatcher import Dispatcher
+from comfyfleet.control.held_leases import HeldLeases
 from comfyfleet.control.janitor import Janitor
 from comfyfleet.control.job_feed import JobFeed, Kick
 from comfyfleet.control.job_run import RunOutcome
@@ -107,7 +108,8 @@ class DurablePlane:
             price_storage_hour=settings.price_storage_hour,
         )
         routing.reports.used = self.ledger.request_ended
-        self.dispatcher = Dispatcher(
+        room = Kick()
+        leases = HeldLeases(
             store=store,
             catalog=catalog,
             desk=routing.desk,
@@ -120,7 +122,18 @@ class DurablePlane:
             clock=clock,
             ids=ids,
             ended=self._run_ended,
+            kick=room,
             lost_after_s=settings.lost_after_s,
+            ownership=self.ownership,
+        )
+        self.dispatcher = Dispatcher(
+            store=store,
+            catalog=catalog,
+            desk=routing.desk,
+            backlog=self.backlog,
+            leases=leases,
+            clock=clock,
+            kick=room,
             ownership=self.ownership,
         )
         self._janitor = Janitor(

@@ -1,4 +1,4 @@
-"""The rules of a lease, as pure functions of values and `now`. Who keeps them: `job_run` and `dispatcher`.
+"""The rules of a lease, as pure functions of values and `now`. Who keeps them: `job_run` and `held_leases`.
 
 A worker's lease is renewed for as long as the worker answers. What follows when it does not is decided here.
 """

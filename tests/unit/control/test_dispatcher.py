@@ -10,7 +10,8 @@ import pytest
 
 from comfyfleet.control.backlog import Backlog
 from comfyfleet.control.dispatcher import Dispatcher
-from comfyfleet.control.job_feed import JobFeed
+from comfyfleet.control.held_leases import HeldLeases
+from comfyfleet.control.job_feed import JobFeed, Kick
 from comfyfleet.control.keys import Vault
 from comfyfleet.control.ownership import SoleOwner
 from comfyfleet.control.records import Endpoint
@@ -57,21 +58,33 @@ async def a_dispatcher(tmp_path, worker: HttpWorker, call: str):
         await world.tick()
         world.report(worker_id, url=worker.url)
         await world.tick()
-        feed = JobFeed()
+        feed, backlog, kick = JobFeed(), Backlog(), Kick()
+        store = CancelledAt(world.store, feed, call)
+        leases = HeldLeases(
+            store=store,
+            catalog=world.catalog,
+            desk=world.plane.desk,
+            workers=world.plane.workers,
+            tickets=world.plane.tickets,
+            calls=worker.calls,
+            feed=feed,
+            backlog=backlog,
+            vault=Vault(b"m" * 64),
+            clock=world.clock,
+            ids=SeededIds(2),
+            ended=lambda _outcome: None,
+            kick=kick,
+            ownership=SoleOwner(),
+        )
         yield (
             Dispatcher(
-                store=CancelledAt(world.store, feed, call),
+                store=store,
                 catalog=world.catalog,
                 desk=world.plane.desk,
-                workers=world.plane.workers,
-                tickets=world.plane.tickets,
-                calls=worker.calls,
-                feed=feed,
-                backlog=Backlog(),
-                vault=Vault(b"m" * 64),
+                backlog=backlog,
+                leases=leases,
                 clock=world.clock,
-                ids=SeededIds(2),
-                ended=lambda _outcome: None,
+                kick=kick,
                 ownership=SoleOwner(),
             ),
             world,
