@@ -1,8 +1,8 @@
 """Workers on the machines of a Ray cluster. Ray places them; this says which, with what, and what became of them.
 
 Every call to Ray is made by a process of its own (`ray_gateway`) and waited for in a thread, so neither a slow cluster
-nor a lost head holds up a control plane. While the cluster does not answer, `list` tells what was last known, which is
-kept in `ray-fleet.json`: workers serve on without Ray, and their own reports say how they are.
+nor a lost head holds up a control plane. While the cluster does not answer, `list` tells what was last known
+(`ray_picture`): workers serve on without Ray, and their own reports say how they are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from comfyfleet.control.fleet.ray_demand import Demand, Wish, wish
 from comfyfleet.control.fleet.ray_gateway import Hello, Question
 from comfyfleet.control.fleet.ray_link import LinkDown, RayLink
 from comfyfleet.control.fleet.ray_node import WorkerPlan
-from comfyfleet.control.fleet.ray_view import Known, Look, NodeView, findings, present_nodes
+from comfyfleet.control.fleet.ray_picture import Picture
+from comfyfleet.control.fleet.ray_view import Look, present_nodes
 from comfyfleet.ids import Ids
 from comfyfleet.settings.control import ControlSettings
 from comfyfleet.wire.errors import FleetError, NotFound, Unavailable
@@ -63,7 +64,7 @@ class RayFleet:
             raise Unavailable('the fleet `ray` needs Ray: pip install "comfyfleet[ray]"')
         self._clock = clock
         self._events = EventLog(clock)
-        self._path = settings.data_dir / "ray-fleet.json"
+        self._picture = Picture(settings.data_dir / "ray-fleet.json", self._events, clock)
         self._link = RayLink(
             Hello(address=settings.address, namespace=settings.namespace, plan=settings.plan),
             log_path=settings.data_dir / "ray-gateway.log",
@@ -72,12 +73,6 @@ class RayFleet:
         )
         self._owner = settings.owner
         self._demand = Demand()
-        self._known: dict[int, Known] = self._remembered()
-        self._nodes: tuple[NodeView, ...] = ()
-        self._is_lost = False  # and that was said
-        self._trouble = "the Ray cluster was not asked yet"
-        self._answered_at = clock.monotonic()
-        self._lock = threading.Lock()
         self._seen_once = threading.Event()
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -90,16 +85,15 @@ class RayFleet:
 
     @property
     def trouble(self) -> str:
-        return self._trouble
+        return self._picture.trouble
 
     async def list(self) -> Workers:
         await self._watching()
-        with self._lock:
-            return [known.seen for known in self._known.values()]
+        return self._picture.workers()
 
     async def nodes(self) -> Sequence[FleetNode]:
         await self._watching()
-        return present_nodes(self._nodes)
+        return present_nodes(self._picture.nodes)
 
     def events(self) -> Sequence[FleetEvent]:
         return self._events.all()
@@ -110,13 +104,13 @@ class RayFleet:
 
     async def start(self, spec: WorkerSpec) -> None:
         await self._watching()
-        if spec.id not in self._known:
+        if spec.id not in self._picture.known():
             raise NotFound("this worker does not exist here", worker_id=spec.id)
         await self._place("start", spec)
 
     async def _place(self, op: str, spec: WorkerSpec) -> None:
-        if self._trouble:
-            raise NoCapacity(self._trouble)
+        if self._picture.trouble:
+            raise NoCapacity(self._picture.trouble)
         try:
             await self._ask(Question(number=0, op=op, spec=spec), CALL_S)
         except NoCapacity as problem:
@@ -125,29 +119,23 @@ class RayFleet:
             raise
         except LinkDown as problem:
             raise NoCapacity(problem.message) from problem
-        with self._lock:
-            before = self._known.get(spec.id)
-            if before is None or before.incarnation != spec.incarnation:
-                seen = FleetWorker(id=spec.id, presence=Presence.RUNNING, started_at=self._clock.now())
-                self._known[spec.id] = Known(seen=seen, incarnation=spec.incarnation)
+        self._picture.placed(spec)
         self._demand.placed(spec, self._wish(spec))
         self._events.add("worker.placed", "Ray is placing it", worker_id=spec.id)
         await self._look_now()
 
     def _wish(self, spec: WorkerSpec) -> Wish:
-        return wish(spec, [node.facts for node in self._nodes])
+        return wish(spec, [node.facts for node in self._picture.nodes])
 
     async def stop(self, worker_id: int, *, grace_s: float = 10.0) -> None:
-        known = self._known.get(worker_id)
+        known = self._picture.known().get(worker_id)
         if known is None or known.seen.presence is Presence.STOPPED:
             return
         try:
             await self._ask(Question(number=0, op="stop", worker_id=worker_id, grace_s=grace_s), grace_s + 60.0)
         except LinkDown as problem:  # it may run on: not stopped, and not to be started a second time either
             raise NoCapacity(problem.message) from problem
-        stopped = FleetWorker(id=worker_id, presence=Presence.STOPPED, started_at=known.seen.started_at)
-        with self._lock:
-            self._known[worker_id] = Known(seen=stopped, node_id=known.node_id, incarnation=known.incarnation)
+        self._picture.stopped(known)
         self._demand.ended(worker_id)
         await self._look_now()
 
@@ -155,18 +143,17 @@ class RayFleet:
         """Nothing to tell: routing has stopped, and `stop` sends SIGTERM: "finish, then end"."""
 
     async def destroy(self, worker_id: int, *, grace_s: float = 10.0) -> None:
-        if worker_id not in self._known:
+        if worker_id not in self._picture.known():
             return
         with contextlib.suppress(LinkDown):  # found again when its machine is, and destroyed then
             await self._ask(Question(number=0, op="destroy", worker_id=worker_id, grace_s=grace_s), grace_s + 60.0)
-        with self._lock:
-            self._known.pop(worker_id, None)
+        self._picture.destroyed(worker_id)
         self._demand.ended(worker_id)
         self._events.add("worker.destroyed", "its folder is removed", worker_id=worker_id)
         await self._look_now()
 
     async def logs(self, worker_id: int, tail: int) -> str:
-        if tail <= 0 or worker_id not in self._known:
+        if tail <= 0 or worker_id not in self._picture.known():
             return ""
         with contextlib.suppress(LinkDown):
             answer = await self._ask(Question(number=0, op="logs", worker_id=worker_id, tail=tail), CALL_S)
@@ -176,7 +163,7 @@ class RayFleet:
     async def close(self, *, keep_running: bool) -> None:
         if not keep_running:
             async with anyio.create_task_group() as ending:
-                for number in list(self._known):
+                for number in self._picture.known():
                     ending.start_soon(self._close_one, number)
         self._closed.set()
         await anyio.to_thread.run_sync(self._link.close)
@@ -203,7 +190,7 @@ class RayFleet:
         if self._watcher is None:
             self._watcher = threading.Thread(target=self._watch, name="ray watcher", daemon=True)
             self._watcher.start()
-            if not self._known:
+            if not self._picture.known():
                 await anyio.to_thread.run_sync(lambda: self._seen_once.wait(FIRST_LOOK_S))
 
     def _watch(self) -> None:
@@ -215,49 +202,30 @@ class RayFleet:
 
     def _look(self) -> None:
         """Ask once, and fold in what is seen; without an answer, say so and keep what was known."""
-        asked = dict(self._known)
+        asked = self._picture.known()
         try:
             look = msgspec.json.decode(self._link.ask(Question(number=0, op="look"), LOOK_LIMIT_S), type=Look)
         except FleetError as problem:
             self._unanswered(problem.message)
             return
-        now = self._clock.monotonic()
-        if self._trouble:
-            self._events.add("head.joined", f"{len(look.nodes)} machines are in the cluster")
-        self._trouble, self._is_lost, self._answered_at = "", False, now
-        self._note_nodes(look.nodes)
         self._demand.holds(look.placed)
-        found = findings(look, asked)
-        with self._lock:
-            for number in {*found.known, *asked}:
-                # Changed while we looked: the next look will see it as it is.
-                if self._known.get(number) == asked.get(number) and number in found.known:
-                    self._note_worker(self._known.get(number), found.known[number])
-                    self._known[number] = found.known[number]
-        for node_id, worker_id in found.leftovers:
+        for node_id, worker_id in self._picture.answered(look, asked):
             with contextlib.suppress(FleetError):
                 self._link.ask(Question(number=0, op="clear", node_id=node_id, worker_id=worker_id), CALL_S)
                 self._events.add("worker.cleared", "what it left on another machine is removed", worker_id=worker_id)
-        self._remember()
+        self._picture.keep()
 
     def _unanswered(self, why: str) -> None:
         if self._closed.is_set():
             return
-        silent_s = self._clock.monotonic() - self._answered_at
-        text = f"{why}; workers that run serve on, and nothing new starts until it answers"
-        if not self._is_lost and silent_s > LOOK_LIMIT_S / 2:
-            self._is_lost = True
-            self._events.add("head.lost", text)
-        if self._is_lost or self._trouble:
-            self._trouble = text
-        if silent_s > GIVE_UP_S:
+        if self._picture.unanswered(why) > GIVE_UP_S:
             self._link.restart()
-            self._answered_at = self._clock.monotonic()
+            self._picture.wait_anew()
         self._seen_once.set()
 
     def _tell_demand(self) -> None:
         wanted = self._demand.news(self._clock.monotonic())
-        if wanted is None or self._trouble:
+        if wanted is None or self._picture.trouble:
             return
         question = Question(
             number=0, op="demand", owner=self._owner, held=dict(wanted.held), refused=list(wanted.refused)
@@ -265,36 +233,6 @@ class RayFleet:
         with contextlib.suppress(FleetError):
             self._link.ask(question, CALL_S)
             self._demand.told(wanted, self._clock.monotonic())
-
-    # --- memory --------------------------------------------------------------------------------------------------
-    def _note_nodes(self, nodes: tuple[NodeView, ...]) -> None:
-        before = {node.id: node.facts.is_alive for node in self._nodes}
-        for node in nodes:
-            facts = node.facts
-            if facts.is_alive and not before.get(node.id):
-                self._events.add("node.joined", f"{facts.gpus:g} GPUs {facts.gpu_name}".strip(), node=facts.name)
-            elif not facts.is_alive and before.get(node.id):
-                self._events.add("node.lost", "Ray calls it dead", node=facts.name)
-        self._nodes = nodes
-
-    def _note_worker(self, before: Known | None, after: Known) -> None:
-        if before is None or before.seen.presence is not after.seen.presence:
-            seen = after.seen
-            self._events.add(f"worker.{seen.presence}", seen.detail or "seen", node=seen.node, worker_id=seen.id)
-
-    def _remembered(self) -> dict[int, Known]:
-        with contextlib.suppress(OSError, msgspec.DecodeError):
-            return {one.seen.id: one for one in msgspec.json.decode(self._path.read_bytes(), type=tuple[Known, ...])}
-        return {}
-
-    def _remember(self) -> None:
-        with self._lock:
-            encoded = msgspec.json.encode(tuple(self._known.values()))
-        with contextlib.suppress(OSError):
-            if not self._path.exists() or self._path.read_bytes() != encoded:
-                draft = self._path.with_suffix(".new")
-                draft.write_bytes(encoded)
-                draft.replace(self._path)
 
 
 def ray_fleet(settings: ControlSettings, clock: Clock, ids: Ids, files_key: bytes) -> RayFleet:
