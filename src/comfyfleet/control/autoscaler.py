@@ -8,13 +8,21 @@ leads to no ready worker is bounded.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
 import msgspec
 
 from comfyfleet.control.breaker import after_boots, may_start, start_refusal
 from comfyfleet.control.scaling import Action, Decision, GroupFacts, Memory, ScalingInputs, Verb, WorkerFacts
+from comfyfleet.control.scaling_frame import (
+    Frame,
+    cold_surplus,
+    is_score_known,
+    not_needed,
+    price_per_perf,
+    spare_active,
+    typical_perf,
+)
 from comfyfleet.control.targets import (
     active_floor,
     active_target,
@@ -28,20 +36,17 @@ from comfyfleet.control.updates import called_off, update_actions
 from comfyfleet.control.waiting_reasons import waiting_reason
 from comfyfleet.control.worker_states import ACTIVE, BOOTING, WorkerState
 
-# An unknown score is taken for this until the first benchmark: 100 load units in 100 s.
-DEFAULT_PERF = 1.0
-# Surplus is kept for this part of what starting a worker takes (tuned on the simulator's traces).
-IDLE_PER_WAKE = 0.5
-MIN_DOWN_DELAY_S = 10.0
-MAX_DOWN_DELAY_S = 300.0
 # An inactive worker costs disk only, and waking it is quicker than making one: kept so long unused.
 COLD_KEPT_S = 6 * 3600.0
-# The cold pool must be this much too big before it shrinks.
-COLD_SLACK = 1.3
 # Restarted at most so often in a row, then replaced.
 MAX_FAILURES = 3
 # A failed worker that nobody misses is kept so long, for its logs.
 UNNEEDED_S = 120.0
+# Ready, or on the way without a download.
+_SOON = frozenset(
+    {WorkerState.IDLE, WorkerState.STARTING, WorkerState.UPDATE_READY, WorkerState.UPDATE_STARTING}
+    | {WorkerState.UPDATE_REBOOTING}
+)
 
 
 def decide(inputs: ScalingInputs) -> Decision:
@@ -54,7 +59,7 @@ def decide(inputs: ScalingInputs) -> Decision:
     if policy.state in ("stopped", "destroyed"):
         return _wind_down(inputs)
     perf = typical_perf(inputs)
-    service_s = memory.mean_cost / perf
+    service_s = inputs.demand.rates.mean_cost / perf
     has_work = inputs.demand.waiting > 0 or any(worker.is_leased for worker in workers)
     last_at = max([inputs.demand.rates.last_arrival_at, *(worker.last_work_at for worker in workers)])
     idle_s = 0.0 if has_work else now - last_at
@@ -92,7 +97,7 @@ def decide(inputs: ScalingInputs) -> Decision:
         active=tuple(active),
     )
     actions, why = _steps(frame, is_hard=is_hard)
-    memory = _remember(frame)
+    memory = _remember(frame, stopped=sum(action.verb is Verb.STOP for action in actions))
     return Decision(
         actions=tuple(actions),
         sentence=_sentence(frame, actions, why, load),
@@ -102,47 +107,6 @@ def decide(inputs: ScalingInputs) -> Decision:
         total_target=total,
         memory=memory,
     )
-
-
-class Frame(msgspec.Struct, frozen=True, kw_only=True):
-    """What one decision has worked out so far. target, urgent and total are load/s, floor is workers.
-
-    target: what is kept. urgent: what is started for; less than target while workers stand idle.
-    """
-
-    inputs: ScalingInputs
-    perf: float
-    target: float
-    urgent: float
-    floor: int
-    total: float
-    active: tuple[WorkerFacts, ...]
-
-    def score(self, worker: WorkerFacts) -> float:
-        return worker.perf or self.perf
-
-    def carries(self, workers: Sequence[WorkerFacts]) -> bool:
-        """These workers are enough to be active; without any one of them they might not be."""
-        return len(workers) >= self.floor and sum(map(self.score, workers)) >= self.target - 1e-9
-
-    def suffices(self, workers: Sequence[WorkerFacts]) -> bool:
-        """With these workers active, none has to be started."""
-        return len(workers) >= self.floor and sum(map(self.score, workers)) >= self.urgent - 1e-9
-
-    @property
-    def down_delay_s(self) -> float:
-        return min(max(self.inputs.memory.wake_s * IDLE_PER_WAKE, MIN_DOWN_DELAY_S), MAX_DOWN_DELAY_S)
-
-
-def typical_perf(inputs: ScalingInputs) -> float:
-    """Median of the known scores; of earlier workers of the groups where there is none now."""
-    known = [worker.perf for worker in inputs.workers if worker.perf > 0]
-    known = known or [group.perf for group in inputs.groups if group.perf > 0]
-    return statistics.median(known) if known else DEFAULT_PERF
-
-
-def _is_score_known(inputs: ScalingInputs) -> bool:
-    return any(worker.perf for worker in inputs.workers) or any(group.perf for group in inputs.groups)
 
 
 def _steps(frame: Frame, *, is_hard: bool) -> tuple[list[Action], str]:
@@ -160,6 +124,8 @@ def _steps(frame: Frame, *, is_hard: bool) -> tuple[list[Action], str]:
         return updates, "a newer version of the workergroup is rolled out"
     if surplus := _over_cap(frame):
         return surplus, f"max_workers is {inputs.policy.max_workers}"
+    if woken := _wake_meanwhile(frame):
+        return woken, f"{_requests(inputs.demand.waiting)}, and it is ready sooner than what is being made"
     if not frame.suffices(frame.active):
         why = "the queue is over target_queue_time" if is_hard else "expected load asks for it"
         if not frame.active and inputs.demand.waiting:
@@ -200,13 +166,36 @@ def _pause_s(failures: int) -> float:
 
 
 def _over_cap(frame: Frame) -> list[Action]:
-    """More workers than max_workers: inactive ones go first, then idle ones, worst first."""
+    """More workers than max_workers: inactive ones go first, then those that start, then idle ones, worst first."""
     ours = [worker for worker in frame.inputs.workers if worker.intent != "destroy" and not worker.is_foreign]
     count = len(ours) - frame.inputs.policy.max_workers
     if count <= 0:
         return []
-    order = sorted(ours, key=lambda worker: (worker.state in ACTIVE, worker.is_leased, -_price_per_perf(frame, worker)))
+
+    def worth(worker: WorkerFacts) -> tuple[bool, bool, bool, float]:
+        is_active, is_booting = worker.state in ACTIVE, worker.state in BOOTING
+        return is_active, not is_booting, worker.is_leased, -price_per_perf(frame, worker)
+
+    order = sorted(ours, key=worth)
     return [Action(verb=Verb.DESTROY, group_id=worker.group_id, worker_id=worker.id) for worker in order[:count]]
+
+
+def _wake_meanwhile(frame: Frame) -> list[Action]:
+    """Somebody waits, and all that is active has hours of downloads before it, perhaps: wake one, if there is one.
+
+    A worker that is made counts as capacity from the beginning, so nothing else would be started for the request.
+    """
+    inputs, memory = frame.inputs, frame.inputs.memory
+    if not inputs.demand.waiting or not frame.active or not may_start(inputs):
+        return []
+    if any(worker.state in _SOON for worker in frame.active):
+        return []
+    left_s = [memory.create_s - (inputs.now - worker.created_at) for worker in frame.active]
+    if any(0 < one < memory.wake_s for one in left_s):
+        return []
+    stopped = [worker for worker in inputs.workers if worker.state is WorkerState.STOPPED and not worker.intent]
+    best = max(stopped, key=frame.score, default=None)
+    return [Action(verb=Verb.WAKE, group_id=best.group_id, worker_id=best.id)] if best is not None else []
 
 
 def _grow(frame: Frame) -> list[Action]:
@@ -231,7 +220,7 @@ def _grow(frame: Frame) -> list[Action]:
         return actions
     missing = frame.urgent - sum(map(frame.score, active))
     wanted = max(workers_for(missing, frame.perf), frame.floor - len(active))
-    if not _is_score_known(inputs):
+    if not is_score_known(inputs):
         # Nobody knows yet what a worker can do here: learn from a few first.
         wanted = min(wanted, max(0, max(1, group.test_workers) - len(active)))
     room = inputs.policy.max_workers - len(inputs.workers)
@@ -244,12 +233,12 @@ def _fill_cold(frame: Frame) -> list[Action]:
     inputs = frame.inputs
     group = _recruiting_group(inputs)
     living = [worker for worker in inputs.workers if worker.intent != "destroy"]
-    room = inputs.policy.max_workers - len(living)
+    room = inputs.policy.max_workers - len(inputs.workers)  # one that goes is there until it is gone
     if room <= 0 or group is None or start_refusal(inputs):
         return []
     by_count = inputs.policy.cold_workers - len(living)
     by_load = 0
-    if _is_score_known(inputs):
+    if is_score_known(inputs):
         by_load = workers_for(frame.total - sum(map(frame.score, living)), frame.perf)
     booting = sum(worker.state in BOOTING for worker in living)
     # One after another beyond the first: a pool is no emergency, and what boots may already be enough.
@@ -259,57 +248,15 @@ def _fill_cold(frame: Frame) -> list[Action]:
 
 def _shrink(frame: Frame) -> tuple[list[Action], str]:
     """Stop idle workers that are not needed, then let go of a cold pool that is far too big."""
-    inputs, now = frame.inputs, frame.inputs.now
-    spare = _spare_active(frame)
-    over_since = inputs.memory.over_since
-    actions = [
-        Action(verb=Verb.STOP, group_id=worker.group_id, worker_id=worker.id)
-        for worker in spare
-        # One that was never needed becomes inactive straight after its benchmark.
-        if not worker.last_work_at or (over_since and now - over_since >= frame.down_delay_s)
-    ]
-    if actions:
+    now = frame.inputs.now
+    if stopped := not_needed(frame):
+        actions = [Action(verb=Verb.STOP, group_id=worker.group_id, worker_id=worker.id) for worker in stopped]
         return actions, "active capacity is more than the load needs"
-    unused = [worker for worker in _cold_surplus(frame) if now - worker.state_since >= COLD_KEPT_S]
+    unused = [worker for worker in cold_surplus(frame) if now - worker.state_since >= COLD_KEPT_S]
     if unused:
         destroy = Action(verb=Verb.DESTROY, group_id=unused[0].group_id, worker_id=unused[0].id)
         return [destroy], "it has not been needed for hours, and the cold pool is larger than it has to be"
     return [], ""
-
-
-def _spare_active(frame: Frame) -> list[WorkerFacts]:
-    """Idle, unleased workers that the target does without; worst price for performance first."""
-    keep = [worker for worker in frame.active if worker.state is not WorkerState.ERROR]
-    spare = []
-    for worker in sorted(frame.active, key=lambda worker: -_price_per_perf(frame, worker)):
-        if worker.state is not WorkerState.IDLE or worker.is_leased or worker.intent or worker.is_foreign:
-            continue
-        without = [other for other in keep if other.id != worker.id]
-        if frame.carries(without):
-            keep = without
-            spare.append(worker)
-    return spare
-
-
-def _cold_surplus(frame: Frame) -> list[WorkerFacts]:
-    """Inactive workers beyond what cold_workers, cold_mult and min_cold_load ask for, with some slack."""
-    living = [worker for worker in frame.inputs.workers if worker.intent != "destroy"]
-    stopped = [worker for worker in living if worker.state is WorkerState.STOPPED and not worker.is_foreign]
-    surplus = []
-    total = sum(map(frame.score, living))
-    count = len(living)
-    for worker in sorted(stopped, key=lambda worker: -_price_per_perf(frame, worker)):
-        left = total - frame.score(worker)
-        if count - 1 < frame.inputs.policy.cold_workers or left < frame.total * COLD_SLACK:
-            continue
-        surplus.append(worker)
-        total, count = left, count - 1
-    return surplus
-
-
-def _price_per_perf(frame: Frame, worker: WorkerFacts) -> float:
-    """Money for work done; where nothing has a price, the slower worker is the dearer one."""
-    return (worker.price_hour or 1.0) / frame.score(worker)
 
 
 def _recruiting_group(inputs: ScalingInputs) -> GroupFacts | None:
@@ -322,14 +269,15 @@ def _recruiting_group(inputs: ScalingInputs) -> GroupFacts | None:
     return next((group for group in inputs.groups if group.id == best), None)
 
 
-def _remember(frame: Frame) -> Memory:
+def _remember(frame: Frame, *, stopped: int) -> Memory:
+    """The memory after this decision; where workers were stopped, the delay begins anew for what is left."""
     memory, now = frame.inputs.memory, frame.inputs.now
-    is_over = bool(_spare_active(frame)) and frame.carries(frame.active)
-    return msgspec.structs.replace(
-        memory,
-        decided_at=now,
-        over_since=(memory.over_since or now) if is_over else 0.0,
-    )
+    spare = len(spare_active(frame)) - stopped
+    if spare <= 0 or not frame.carries(frame.active):
+        return msgspec.structs.replace(memory, decided_at=now, over_since=0.0, over_least=0)
+    if stopped or not memory.over_since:
+        return msgspec.structs.replace(memory, decided_at=now, over_since=now, over_least=spare)
+    return msgspec.structs.replace(memory, decided_at=now, over_least=min(memory.over_least or spare, spare))
 
 
 def _wind_down(inputs: ScalingInputs) -> Decision:
@@ -354,7 +302,7 @@ def _nothing(inputs: ScalingInputs, sentence: str, actions: Sequence[Action] = (
         predicted_load=0.0,
         active_target=0.0,
         total_target=0.0,
-        memory=msgspec.structs.replace(inputs.memory, decided_at=inputs.now, over_since=0.0),
+        memory=msgspec.structs.replace(inputs.memory, decided_at=inputs.now, over_since=0.0, over_least=0),
     )
 
 

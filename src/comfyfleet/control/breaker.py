@@ -1,7 +1,8 @@
 """Failing starts told apart from missing capacity, and a bound on paid time that leads to nothing. Pure.
 
-A crash loop is a row of starts that failed, without one ready worker: each next start waits twice as long. The
-breaker opens when starting workers has cost `boot_budget_s` of paid time without one becoming ready; an operator
+A crash loop is a row of starts that failed, without one that led to a ready worker: each next start waits twice as
+long. The breaker opens when starting workers has cost `boot_budget_s` of paid time without one becoming ready, whatever
+is ready from before; an operator
 closes it by changing the endpoint (or its workergroup), which is what a fix does anyway.
 """
 
@@ -23,7 +24,8 @@ _LEARNING = 0.3
 def after_boots(inputs: ScalingInputs) -> Memory:
     """The memory with the time since the last decision accounted for."""
     memory = inputs.memory
-    if any(worker.state is WorkerState.IDLE for worker in inputs.workers):
+    # One that was ready before says nothing about what was started since.
+    if any(worker.state is WorkerState.IDLE and worker.state_since >= memory.decided_at for worker in inputs.workers):
         return msgspec.structs.replace(memory, paid_boot_s=0.0, failed_starts=0, last_error="", breaker_since=0.0)
     since_s = max(0.0, inputs.now - memory.decided_at) if memory.decided_at else 0.0
     booting = sum(worker.state in BOOTING for worker in inputs.workers)

@@ -16,16 +16,23 @@ from comfyfleet.control.records import DemandRow
 SHORT_S = 15.0
 MIDDLE_S = 60.0
 LONG_S = 300.0
+# Of a request before any came, and the weight of the newest one in the mean.
+USUAL_COST = 100.0
+_NEWEST = 0.05
 
 
 class DemandRates(msgspec.Struct, frozen=True, kw_only=True):
-    """Load units per second over the last 15, 60 and 300 s; trend: change of the rate, in load/s per second."""
+    """Load units per second over the last 15, 60 and 300 s; trend: change of the rate, in load/s per second.
+
+    mean_cost: load units of a request, of late.
+    """
 
     short: float = 0.0
     middle: float = 0.0
     long: float = 0.0
     trend: float = 0.0
     last_arrival_at: float = 0.0
+    mean_cost: float = USUAL_COST
 
 
 class DemandMeter:
@@ -35,11 +42,14 @@ class DemandMeter:
         """row: what was measured before."""
         self._buckets: deque[list[float]] = deque(list(pair) for pair in row.buckets) if row else deque()
         self._last_arrival_at = row.last_arrival_at if row else 0.0
+        self._mean_cost = row.mean_cost if row else 0.0  # 0: none came yet
 
     def row(self, endpoint_id: int) -> DemandRow:
         """For the store; [second, load units] of each bucket."""
         buckets = tuple((second, cost) for second, cost in self._buckets)
-        return DemandRow(id=endpoint_id, last_arrival_at=self._last_arrival_at, buckets=buckets)
+        return DemandRow(
+            id=endpoint_id, last_arrival_at=self._last_arrival_at, buckets=buckets, mean_cost=self._mean_cost
+        )
 
     def arrived(self, cost: float, now: float) -> None:
         second = float(int(now))
@@ -50,6 +60,7 @@ class DemandMeter:
         else:
             self._buckets.append([second, cost])
         self._last_arrival_at = now
+        self._mean_cost = self._mean_cost + (cost - self._mean_cost) * _NEWEST if self._mean_cost else cost
 
     def rates(self, now: float) -> DemandRates:
         while self._buckets and self._buckets[0][0] < now - LONG_S:
@@ -70,6 +81,7 @@ class DemandMeter:
             long=long / LONG_S,
             trend=(short - before_short) / SHORT_S / SHORT_S,
             last_arrival_at=self._last_arrival_at,
+            mean_cost=self._mean_cost or USUAL_COST,
         )
 
 

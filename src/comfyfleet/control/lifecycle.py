@@ -154,7 +154,7 @@ class Lifecycle:
             self._restart(worker, WorkerState.UPDATE_STARTING)
         elif action.verb is Verb.WAKE:
             self._restart(worker, WorkerState.STARTING)
-        elif action.verb is Verb.REBOOT:
+        elif action.verb is Verb.REBOOT and worker.state is WorkerState.ERROR:  # it may have recovered meanwhile
             self._restart(worker, WorkerState.REBOOTING)
         if (current := self._workers.get(worker.id)) is not None:
             self.advance(current)

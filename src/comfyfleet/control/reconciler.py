@@ -7,6 +7,7 @@ it. A decision that does something, or says something new, is stored with its in
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import anyio
 import msgspec
@@ -73,9 +74,10 @@ class Reconciler:
         self._clock = clock
         self._boot_budget_s = boot_budget_s
         self._memories: dict[int, Memory] = {}
+        self._recalled: set[int] = set()  # endpoints whose memory is as the last decision left it, or newer
         self._policies: dict[int, tuple[object, ...]] = {}
-        self._states: dict[int, WorkerState] = {}
-        self._said: dict[int, str] = {}
+        self._seen: dict[int, tuple[WorkerState, int]] = {}  # state and failures at the last look
+        self._said: dict[int, tuple[str, bool]] = {}  # what the last decision told, and whether spending was stopped
         self._group_perf: dict[int, float] = {}
         self._kicked = anyio.Event()
         self._pass = 0
@@ -110,6 +112,7 @@ class Reconciler:
                 self._check(current, present.get(worker.id), now, is_settled=is_settled)
         self._lifecycle.end_unknown(present)
         endpoints = self._catalog.endpoints()
+        await self._recall(endpoints)
         self._pass += 1
         stride = 1 + len(endpoints) // STEERED_A_PASS
         for endpoint in endpoints:
@@ -122,6 +125,17 @@ class Reconciler:
                     log.info("reconciler.fenced", endpoint=endpoint.id, why=str(error))
                 await checkpoint()  # a route call need not wait for the whole pass
         await self._persist()
+
+    async def _recall(self, endpoints: Iterable[Endpoint]) -> None:
+        """What decisions before this process, or of another, left behind: an open breaker stays open. No time has
+        passed since then: nobody looked."""
+        for endpoint in endpoints:
+            if endpoint.id not in self._recalled and self._ownership.owns(endpoint.id):
+                for row in await self._store.decisions(endpoint.id, limit=1):
+                    left = msgspec.json.decode(row.outcome, type=Decision).memory
+                    now = self._clock.now()
+                    self._memories[endpoint.id] = msgspec.structs.replace(left, decided_at=now, over_since=0.0)
+                self._recalled.add(endpoint.id)
 
     async def _present(self) -> dict[int, FleetWorker]:
         """What the provider has; of a fleet that several share, without the workers that others look after."""
@@ -138,6 +152,7 @@ class Reconciler:
     def forget(self, endpoint_id: int) -> None:
         """Another control plane decides for it."""
         self._memories.pop(endpoint_id, None)
+        self._recalled.discard(endpoint_id)
         self._policies.pop(endpoint_id, None)
         self._said.pop(endpoint_id, None)
 
@@ -152,7 +167,7 @@ class Reconciler:
             worker = self._workers.change(worker.id, now, price_hour=present.price_hour)
         if present is not None and present.gpu_name and not worker.gpu_name:
             worker = self._workers.change(worker.id, now, gpu_name=present.gpu_name)
-        before = self._states.get(worker.id, worker.state)
+        before, failures = self._seen.get(worker.id, (worker.state, worker.failures))
         group = self._catalog.workergroup(worker.group_id)
         problem = ailment(
             worker,
@@ -162,7 +177,7 @@ class Reconciler:
             download_gb=group.gpu_ram if group is not None else 0.0,
         )
         if problem and is_settled:
-            before = worker.state
+            before, failures = worker.state, worker.failures
             lost = self._workers.load(worker.id).clear()
             has_lost_machine = present is not None and present.presence is Presence.LOST
             worker = self._workers.fail(worker.id, problem, now, is_own_fault=not has_lost_machine)
@@ -170,13 +185,14 @@ class Reconciler:
             log.warning("worker.failed", worker=worker.id, why=problem)
         if worker.perf:
             self._group_perf[worker.group_id] = worker.perf
-        self._states[worker.id] = worker.state
-        if before is not worker.state:
+        self._seen[worker.id] = worker.state, worker.failures
+        if before is not worker.state or failures < worker.failures:
             self._learn(worker, before, now)
 
     def _learn(self, worker: Worker, before: WorkerState, now: float) -> None:
         memory = self._memories.get(worker.endpoint_id, Memory())
-        if worker.state is WorkerState.ERROR and before in BOOTING and worker.failures:
+        # A start may fail within one pass, so the state before may well be that of the life before.
+        if worker.state is WorkerState.ERROR and worker.loaded_at < worker.started_at and worker.failures:
             memory = breaker.note_failed_start(memory, worker.error_msg, now)
         elif worker.state is WorkerState.IDLE and before in BOOTING and worker.started_at:
             was_wake = before in (WorkerState.STARTING, WorkerState.UPDATE_STARTING)
@@ -190,7 +206,8 @@ class Reconciler:
         self._memories[endpoint.id] = decision.memory
         self._desk.reasons[endpoint.id] = decision.reason
         # A countdown in the text is nothing new to say.
-        said = re.sub(r"[0-9.]+", "", decision.reason) if not decision.actions else decision.sentence
+        text = re.sub(r"[0-9.]+", "", decision.reason) if not decision.actions else decision.sentence
+        said = text, bool(decision.memory.breaker_since)
         if decision.actions or self._said.get(endpoint.id) != said:
             self._said[endpoint.id] = said
             await self._record(endpoint, inputs, decision)
@@ -287,7 +304,7 @@ class Reconciler:
                 for worker in changed[at : at + WRITTEN_AT_ONCE]:
                     writes.start_soon(self._save, worker)
         for position, worker_id in enumerate(gone):
-            self._states.pop(worker_id, None)
+            self._seen.pop(worker_id, None)
             try:
                 await self._store.drop(WorkerRow, worker_id)
             except ConnectionLost:

@@ -167,11 +167,12 @@ class LearnedRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DemandRow(msgspec.Struct, frozen=True, kw_only=True):
-    """What arrived at an endpoint lately: (second, load units) of its meter. id: the endpoint's."""
+    """What arrived at an endpoint lately, as `demand` measures it: (second, load units) each. id: the endpoint's."""
 
     id: int
     last_arrival_at: float
     buckets: tuple[tuple[float, float], ...]
+    mean_cost: float = 0.0
 
 
 class DecisionRow(msgspec.Struct, frozen=True, kw_only=True):

@@ -68,13 +68,15 @@ class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True):
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
     """What a decision leaves for the next one.
 
-    over_since: since when there is more active capacity than wanted (0: there is not). paid_boot_s: active time since a
-    worker was last ready. failed_starts: in a row, of all workers. wake_s, create_s: how long starting takes here, as
-    seen so far. mean_cost: of recent requests. breaker_since: when spending was stopped, 0 not.
+    over_since: since when there is more active capacity than wanted (0: there is not), and over_least: by how many
+    workers at least in all that time. paid_boot_s: active time since a worker last became ready. failed_starts: in a
+    row, of all workers. wake_s, create_s: how long starting takes here, as seen so far. breaker_since: when spending
+    was stopped, 0 not.
     """
 
     decided_at: float = 0.0
     over_since: float = 0.0
+    over_least: int = 0
     failed_starts: int = 0
     failed_at: float = 0.0
     last_error: str = ""
@@ -84,7 +86,6 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     no_capacity: str = ""
     wake_s: float = 20.0
     create_s: float = 60.0
-    mean_cost: float = 100.0
 
 
 class ScalingInputs(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,7 +1,7 @@
 """The living score: the benchmark's at first, then corrected by real jobs, compared with peers of the same GPU.
 
 A job's slowness is its seconds times the worker's score over its cost: 1.0 where cost and score are right. Costs are
-guesses, but all peers get the same guesses, so a worker is judged by its slowness over the median of its peers'. One
+guesses, but all peers get the same guesses, so a worker is judged by its slowness over the group's (low) median. One
 that is more than 20 % slower is flagged (the documents: it may be heat), and routing gives a flagged one less.
 """
 
@@ -77,7 +77,9 @@ def _verdict(worker: Worker, slowness: float, peers: list[tuple[Worker, float]])
     if not peers:
         return Verdict(worker_id=worker.id, living_perf=0.0, flag="")
     usual_score = statistics.median(peer.measured_perf for peer, _ in peers)
-    usual_slowness = statistics.median([of_peer for _, of_peer in peers if of_peer] or [0.0])
+    of_peers = [of_peer for _, of_peer in peers if of_peer]
+    # Its own counts too: two that differ would each be corrected by the other else, one up and one down.
+    usual_slowness = statistics.median_low([*of_peers, slowness]) if of_peers and slowness else 0.0
     correction = 1.0
     if slowness and usual_slowness:
         correction = min(max(usual_slowness / slowness, CORRECTION[0]), CORRECTION[1])

@@ -15,6 +15,7 @@ from comfyfleet.control.scaling import ScalePolicy
 WINDOW_JOBS = 3.0
 # A rising rate is followed this far ahead at most.
 TREND_CAP = 1.0
+NOISE_SIGMAS = 2.0
 # Where no inactivity_timeout is set, an endpoint that had neither request nor work for so long is taken for quiet.
 QUIET_AFTER_S = 60.0
 
@@ -23,7 +24,9 @@ def predicted_load(demand: Demand, *, service_s: float, lead_s: float) -> float:
     """Load/s to expect when capacity ordered now is ready.
 
     service_s: how long a job runs; it chooses the window. lead_s: how long starting a worker takes; a rising rate is
-    followed that far (at most to twice its present value), a falling one is not: letting go has its own delay.
+    followed that far (at most to twice its present value), a falling one is not: letting go has its own delay. Arrivals
+    at random rise and fall at a constant rate too: a rise counts where it is over twice what two windows of a Poisson
+    process differ by (the root of their sum of requests).
     """
     rates = demand.rates
     wanted_s = WINDOW_JOBS * service_s
@@ -33,7 +36,8 @@ def predicted_load(demand: Demand, *, service_s: float, lead_s: float) -> float:
         rate = rates.middle
     else:
         rate = rates.long
-    if wanted_s <= MIDDLE_S and rates.trend > 0 and rates.short > rates.middle:
+    noise = NOISE_SIGMAS * math.sqrt(2.0 * rates.middle * rates.mean_cost / SHORT_S)
+    if wanted_s <= MIDDLE_S and rates.trend * SHORT_S > noise and rates.short > rates.middle:
         rate += min(rates.trend * lead_s, TREND_CAP * rate)
     return rate
 

@@ -2,7 +2,8 @@
 
 A worker is outdated when it was last started under an older generation of its group. At most a quarter of the ready
 workers (at least one) are in the middle of it at a time; a worker drains first and is restarted empty. Inactive ones
-are started, update, and become inactive again when they are not needed.
+go first: they are started, update, and become inactive again when they are not needed. A version that does not start
+goes no further than the first workers that tried it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def called_off(inputs: ScalingInputs) -> list[Action]:
 
 def update_actions(inputs: ScalingInputs) -> list[Action]:
     """The next workers to update; empty while enough of them are under way."""
+    if inputs.memory.failed_starts:
+        return []  # what was started last did not become ready: the others stay as they are until one does
     waiting = outdated(inputs)
     ready = sum(worker.state is WorkerState.IDLE for worker in inputs.workers)
     under_way = sum(worker.state in _UPDATING or worker.intent == "update" for worker in inputs.workers)
@@ -46,6 +49,6 @@ def update_actions(inputs: ScalingInputs) -> list[Action]:
         for worker in waiting
         if worker.state in (WorkerState.IDLE, WorkerState.STOPPED) and not worker.intent and not worker.is_foreign
     ]
-    # Idle ones first (nothing to drain), then inactive ones, then busy ones.
-    able.sort(key=lambda worker: (worker.is_leased, worker.state is WorkerState.STOPPED, worker.id))
+    # Inactive ones first: nobody misses them meanwhile. Then idle ones (nothing to drain), then busy ones.
+    able.sort(key=lambda worker: (worker.state is not WorkerState.STOPPED, worker.is_leased, worker.id))
     return [Action(verb=Verb.UPDATE, group_id=worker.group_id, worker_id=worker.id) for worker in able[:room]]

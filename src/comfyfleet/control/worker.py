@@ -89,6 +89,8 @@ def to_state(worker: Worker, wanted: WorkerState, now: float) -> Worker:
         if worker.state not in ACTIVE:
             changes.update(started_at=now)
         changes.update(last_report_at=0.0, url="", stage="", stage_detail="")
+    elif state is WorkerState.MODEL_LOADING and worker.state is WorkerState.IDLE:
+        changes.update(started_at=now)  # it began again by itself
     elif state is WorkerState.ERROR:
         changes.update(failures=worker.failures + 1)
     elif state is WorkerState.STOPPED:

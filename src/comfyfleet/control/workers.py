@@ -96,6 +96,8 @@ class Workers:
     def add(self, worker: Worker, now: float, *, is_persisted: bool = False) -> None:
         self._workers[worker.id] = worker
         load = self._loads.setdefault(worker.id, WorkerLoad())
+        # What one that was ready before we knew it did then is not known: it counts as needed at that time.
+        load.last_work_at = max(load.last_work_at, worker.loaded_at)
         self._by_endpoint.setdefault(worker.endpoint_id, {}).setdefault(worker.id, load)
         if not is_persisted:
             self._changed.add(worker.id)

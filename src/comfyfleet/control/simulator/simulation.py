@@ -79,7 +79,6 @@ class Simulation:
         self._events: list[tuple[float, int, int, int, int]] = []
         self._order = 0
         self._models: dict[str, frozenset[str]] = {}
-        self._costs = 0.0
         self._count = 0
         self.outcome = Outcome(
             waits=array("d"), latencies=array("d"), machines=[], decisions=[], until_s=0.0, left_waiting=0
@@ -126,7 +125,6 @@ class Simulation:
     def _arrive(self, arrival: Arrival) -> None:
         now = arrival.t_s
         self._count += 1
-        self._costs += arrival.work_s
         self._meter.arrived(arrival.work_s, now)
         job = (self._count, now, arrival.work_s, arrival.model)
         if self._line or not self._place(job, now):
@@ -203,7 +201,6 @@ class Simulation:
 
     def _tick(self, now: float) -> None:
         self._serve(now)
-        mean = self._costs / self._count if self._count else self._memory.mean_cost
         inputs = ScalingInputs(
             policy=self._policy,
             groups=(GroupFacts(id=1, perf=self._fleet.gpu[0].score),),
@@ -214,7 +211,7 @@ class Simulation:
                 rates=self._meter.rates(now),
             ),
             workers=tuple(machine.facts(now) for machine in self._machines.values()),
-            memory=msgspec.structs.replace(self._memory, mean_cost=mean),
+            memory=self._memory,
             now=now,
             boot_budget_s=0.0,
         )
