@@ -186,9 +186,11 @@ def test_checklist_43_a_job_that_outlasts_its_call_is_joined_and_rendered_once(w
     result = asked(
         world,
         """
-        RESULT = await client.queue_endpoint_request(endpoint, "/generate/sync", PAYLOAD, worker_timeout=3)
+        RESULT = await client.queue_endpoint_request(
+            endpoint, "/generate/sync", PAYLOAD, worker_timeout=3, timeout=60
+        )
         """,
-        PAYLOAD=payload(a_graph(16, sleep_s=5), request_id="a-long-film"),
+        PAYLOAD=payload(a_graph(16, sleep_s=11), request_id="a-long-film"),
     )
 
     assert result["response"]["status"] == "completed"

@@ -327,12 +327,15 @@ def test_checklist_24_the_url_is_byte_for_byte_what_the_worker_reported(plane, e
     assert not worker.url.endswith("/")
 
 
-def test_checklist_39_a_worker_that_is_full_sends_the_retry_to_another_and_the_job_runs_once(plane, endpoint, workers):
+@pytest.mark.parametrize("status", [429, 503])
+def test_checklist_39_a_worker_that_cannot_sends_the_retry_to_another_and_the_job_runs_once(
+    plane, endpoint, workers, status
+):
     executed = []
     lock = threading.Lock()
 
     def busy(call):
-        return 429, {}
+        return status, {}
 
     def able(call):
         with lock:

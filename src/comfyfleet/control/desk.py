@@ -5,10 +5,10 @@ holds on to `RouteTicket.changed`. What the desk is not: it gives no turns (`tur
 scales nothing.
 
 A returning request is one whose caller came back after it had its worker. It goes back to that worker as long as the
-worker still lists it (the repeat joins the running job). If it comes back from there too, or the worker never heard of
-it, the worker is left out for this request for a while, and for everybody until it reports again; after a second
-strike it is in quarantine. Returns are answered more and more slowly, so a caller in a tight loop costs next to
-nothing.
+worker still lists it (the repeat joins the running job). If it comes back from there at once, or the worker never heard
+of it, the worker is left out for this request for a while, and for everybody until it reports again; after the strike
+of a second request, with nobody's work begun there in between, it is in quarantine. Returns are answered more and more
+slowly, so a caller in a tight loop costs next to nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GRANT_S = 7.0
 EXCLUDED_S = 10.0
 FULL_S = 2.0
 REJOIN_S = 10.0
-# A second caller that cannot reach a worker within this time puts it in quarantine.
+# A second request that cannot reach a worker within this time puts it in quarantine.
 STRIKE_WINDOW_S = 15.0
 _THROTTLE_FIRST_S = 0.06
 _THROTTLE_CAP_S = 2.0
@@ -71,7 +71,7 @@ class Desk:
         self._clock = clock
         self._ids = ids
         self._owns = owns
-        self._strikes: dict[int, float] = {}  # worker -> when somebody could not reach it
+        self._strikes: dict[int, tuple[int, float]] = {}  # worker -> the request that could not reach it, and when
         self._adopted: dict[int, int] = {}  # request -> worker that listed it before its caller came back
         self._backlogs: dict[int, Backlog] = {}
         self.on_first_wait: Callable[[], None] = lambda: None
@@ -149,8 +149,10 @@ class Desk:
             ticket = self.queue.get(request_idx)
             if ticket is None:
                 self._adopted[request_idx] = worker.id
-            elif ticket.phase is Phase.WAITING:
+            elif ticket.phase is Phase.WAITING and ticket.endpoint_id == worker.endpoint_id:
                 self.queue.leave(ticket, Phase.ASSIGNED, worker.id, now)
+        if (strike := self._strikes.get(worker.id)) is not None and self._has_reached(worker.id, working, strike):
+            del self._strikes[worker.id]
         self.turns.serve(worker.endpoint_id, now)
 
     def finished(self, worker: Worker, report: FinishedRequests) -> int:
@@ -169,8 +171,11 @@ class Desk:
                     ticket.avoided |= {worker.id}
                 elif not entry.success:
                     ticket.exclude(worker.id, now + EXCLUDED_S)
-                elif entry.status != "Cancelled":
+                elif entry.status != "Cancelled" and worker.incarnation:
                     ticket.preferred = worker.id
+                elif entry.status != "Cancelled":
+                    # Another make of worker replays nothing, and says Success whatever its model answered, be it a 503.
+                    ticket.avoided |= {worker.id}
             known += booking is not None
             if entry.success and entry.status != "Cancelled":
                 self._strikes.pop(worker.id, None)
@@ -256,18 +261,20 @@ class Desk:
             # Another key's number says nothing about that key's request: it is simply a new one.
             is_ours = ticket.scope == request.scope and ticket.endpoint_id == request.endpoint_id
             return ticket if is_ours or not ticket.scope else None
-        worker_id = self._adopted.pop(request.request_idx, 0)
-        if worker_id and self._workers.get(worker_id) is not None:
+        worker = self._workers.get(self._adopted.get(request.request_idx, 0))
+        if worker is not None and worker.endpoint_id == request.endpoint_id:
+            del self._adopted[request.request_idx]
             ticket = self._ticket(request, request.request_idx, now)
             ticket.phase = Phase.ASSIGNED
-            ticket.worker_id = worker_id
+            ticket.worker_id = worker.id
             self.queue.adopt(ticket)
             return ticket
         return None
 
     def _fresh(self, request: TakeRequest, now: float) -> RouteTicket:
-        is_number_free = request.request_idx > 0 and self.queue.get(request.request_idx) is None
-        return self._ticket(request, request.request_idx if is_number_free else self._numbers.next(), now)
+        number = request.request_idx
+        is_theirs = number > 0 and not self._numbers.is_ahead(number) and self.queue.get(number) is None
+        return self._ticket(request, number if is_theirs else self._numbers.next(), now)
 
     def _ticket(self, request: TakeRequest, number: int, now: float) -> RouteTicket:
         # A number from before a restart keeps its place; any other unknown one goes to the end of the line.
@@ -296,16 +303,15 @@ class Desk:
             load = self._workers.load(worker.id)
             booking = load.booking(ticket.request_idx)
             is_listed = booking is not None and booking.seen and load.is_open
-            if is_listed and now - ticket.rejoined_at > REJOIN_S:
+            # A caller whose own limit is shorter than the job comes back again and again, and never at once.
+            if is_listed and (not was_quick or now - ticket.rejoined_at > REJOIN_S):
                 ticket.rejoined_at = now
                 self.queue.leave(ticket, Phase.GRANTED, worker.id, now)
                 return
             load.finish(ticket.request_idx, now)
             ticket.exclude(worker.id, now + EXCLUDED_S)
-            if was_quick and now - ticket.rejoined_at < REJOIN_S:
-                self._workers.quarantine(worker.id, now)  # cut off in mid-job, and nobody there afterwards
-            elif was_quick:
-                self._strike(worker.id, now)
+            if was_quick:
+                self._strike(worker.id, ticket.request_idx, now)
         elif ticket.preferred and worker is not None and self._workers.load(worker.id).is_open:
             # It finished there: the same worker replays the answer instead of making it again.
             ticket.preferred = 0
@@ -314,12 +320,19 @@ class Desk:
             return
         self.queue.wait_again(ticket, now)
 
-    def _strike(self, worker_id: int, now: float) -> None:
-        before = self._strikes.get(worker_id)
-        self._strikes[worker_id] = now
+    def _strike(self, worker_id: int, request_idx: int, now: float) -> None:
+        striker, at = self._strikes.get(worker_id, (request_idx, 0.0))
+        self._strikes[worker_id] = request_idx, now
         self._workers.suspect(worker_id, now)
-        if before is not None and now - before < STRIKE_WINDOW_S:
+        # One caller who reaches nobody says little about a worker, however often it says so.
+        if striker != request_idx and now - at < STRIKE_WINDOW_S:
             self._workers.quarantine(worker_id, now)
+
+    def _has_reached(self, worker_id: int, working: tuple[int, ...], strike: tuple[int, float]) -> bool:
+        """Another request was sent there since the strike, and arrived."""
+        striker, at = strike
+        tickets = (self.queue.get(request_idx) for request_idx in working if request_idx != striker)
+        return any(one is not None and one.worker_id == worker_id and one.phase_at >= at for one in tickets)
 
     def _placed(self, request: TakeRequest, ticket: RouteTicket, now: float) -> Placed:
         worker = self._workers.known(ticket.worker_id)

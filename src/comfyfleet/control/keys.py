@@ -25,6 +25,7 @@ from comfyfleet.wire.errors import Unauthorized
 ADMIN_PREFIX = "cfa_"
 KEY_PREFIX = "cfk_"
 ENDPOINT_PREFIX = "cfe_"
+_MOST_ID_DIGITS = 18  # Python refuses to read numbers of thousands of digits, and loudly
 
 
 def digest(key: str) -> str:
@@ -146,7 +147,8 @@ class Keyring:
 
     def _endpoint_principal(self, key: str) -> Principal:
         number, _, _ = key.removeprefix(ENDPOINT_PREFIX).partition("_")
-        endpoint = self._catalog.endpoint(int(number)) if number.isascii() and number.isdigit() else None
+        is_id = number.isascii() and number.isdigit() and len(number) <= _MOST_ID_DIGITS
+        endpoint = self._catalog.endpoint(int(number)) if is_id else None
         if endpoint is None or not hmac.compare_digest(self.endpoint_key(endpoint).encode(), key.encode()):
             raise Unauthorized("this endpoint key is not valid")
         return Principal(

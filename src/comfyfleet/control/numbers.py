@@ -35,3 +35,7 @@ class Numbers:
         number = self._next
         self._next += 1
         return number
+
+    def is_ahead(self, number: int) -> bool:
+        """It was reserved here and handed to nobody yet."""
+        return self._next <= number < self._end or any(start <= number < end for start, end in self._spare)

@@ -96,9 +96,10 @@ class Reports:
             self.used(KeyUse(worker=worker, scope=ticket.scope, seconds=seconds, until=now))
         if not entry.success or entry.status != "Success":
             return
-        if not entry.loaded and ticket.want.cost > 0:
-            self._scores.ran(worker, cost=ticket.want.cost, seconds=seconds)
         shape = entry.shape or ticket.shape
+        cost = (self._learned.cost(worker.endpoint_id, shape) if shape else None) or ticket.want.cost
+        if not entry.loaded and cost > 0:
+            self._scores.ran(worker, cost=cost, seconds=seconds)
         self._learned.learn(worker.endpoint_id, shape, seconds=seconds, score=worker.measured_perf, loaded=entry.loaded)
 
     def _judge(self, endpoint_id: int) -> None:

@@ -121,7 +121,8 @@ class Turns:
             chosen = Refusal.ALL_EXCLUDED if ticket.uncollected else self._choose(ticket, now)
             if isinstance(chosen, Refusal):
                 set_aside.append(ticket)
-                if chosen is not Refusal.ALL_EXCLUDED:
+                # Where one that is left out for this request may have room, others need not wait behind it.
+                if chosen is not Refusal.ALL_EXCLUDED and not ticket.excluded_now(now):
                     break
                 continue
             self._grant(self._overtaken(ticket, lane, lanes, chosen, now), chosen, share, now)

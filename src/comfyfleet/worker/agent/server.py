@@ -120,8 +120,10 @@ class TicketedServer:
         if path in GENERATE_PATHS:
             await self._generate(path, call, headers, scope, receive, send)
         elif path.startswith("/session/"):
-            response = await self._sessions.answer(path, call, self._checker())
-            self._on_change()
+            try:
+                response = await self._sessions.answer(path, call, self._checker())
+            finally:
+                self._on_change()  # a refusal is news too
             await response(scope, receive, send)
         else:
             claims = self._checker().verify(_object(call, "auth_data"))

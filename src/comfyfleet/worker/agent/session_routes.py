@@ -16,7 +16,7 @@ from starlette.responses import Response
 from comfyfleet.clock import Clock
 from comfyfleet.fetching.fetcher import GuardedFetcher
 from comfyfleet.web import JsonResponse
-from comfyfleet.wire.errors import BadRequest, FleetError, NotFound, Unauthorized, Unprocessable
+from comfyfleet.wire.errors import BadRequest, FleetError, NotFound, TooManyRequests, Unauthorized, Unprocessable
 from comfyfleet.worker.agent.load_book import LoadBook
 from comfyfleet.worker.agent.sessions import Session, Sessions
 from comfyfleet.worker.agent.tickets import TicketChecker
@@ -102,8 +102,12 @@ class SessionRoutes:
             raise Unauthorized("a ticket is needed: auth_data is missing", reason="no_ticket")
         if not isinstance(payload, Mapping):
             raise Unprocessable("payload must be an object", field="payload")
-        tickets.verify(auth_data)
-        self.table.check_room()
+        asked = tickets.verify(auth_data)
+        try:
+            self.table.check_room()
+        except TooManyRequests:
+            self._book.reject(request_idx=asked.request_idx, cost=asked.cost, now=self._clock.now())
+            raise
         on_close_route = payload.get("on_close_route") or ""
         on_close_payload = payload.get("on_close_payload") or {}
         if not isinstance(on_close_route, str) or not isinstance(on_close_payload, Mapping):
