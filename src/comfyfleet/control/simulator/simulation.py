@@ -1,12 +1,14 @@
 """The simulation: an event heap over arrivals, ends of jobs, ends of starts, and the autoscaler's ticks.
 
 One endpoint, one first-in-first-out line, the same `router.choose`, the same `DemandMeter`, the same `decide`. No
-asyncio and no clock: virtual time is a number.
+asyncio and no clock: virtual time is a number. It counts from the first arrival's second, whatever the trace counts
+from, so a trace that is moved by whole seconds is the same trace; only what an `Outcome` tells is in the trace's time.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from array import array
 from collections import deque
 from collections.abc import Iterable
@@ -81,6 +83,7 @@ class Simulation:
         self._models: dict[str, frozenset[str]] = {}
         self._costs = 0.0
         self._count = 0
+        self._began_at = 0.0
         self.outcome = Outcome(
             waits=array("d"), latencies=array("d"), machines=[], decisions=[], until_s=0.0, left_waiting=0
         )
@@ -90,10 +93,12 @@ class Simulation:
         next_tick = 0.0
         now = 0.0
         for arrival in arrivals:
-            next_tick = self._advance(arrival.t_s, next_tick)
-            now = arrival.t_s
-            self._arrive(arrival)
-        end = float("inf") if until_s is None else until_s
+            if not self._count:
+                self._began_at = float(math.floor(arrival.t_s))
+            now = arrival.t_s - self._began_at
+            next_tick = self._advance(now, next_tick)
+            self._arrive(arrival, now)
+        end = float("inf") if until_s is None else until_s - self._began_at
         # What is still in the system is brought to an end, ticking on; a fleet that cannot serve it gives up.
         give_up = now + 24 * 3600.0
         while (self._line or self._busy()) and next_tick <= min(end, give_up):
@@ -102,7 +107,7 @@ class Simulation:
         for machine in self._machines.values():
             machine.account(now)
         self.outcome.machines = [*self._machines.values(), *self._gone]
-        self.outcome.until_s = now
+        self.outcome.until_s = self._began_at + now
         self.outcome.left_waiting = len(self._line)
         return self.outcome
 
@@ -123,8 +128,7 @@ class Simulation:
     def _busy(self) -> bool:
         return any(machine.job is not None for machine in self._machines.values())
 
-    def _arrive(self, arrival: Arrival) -> None:
-        now = arrival.t_s
+    def _arrive(self, arrival: Arrival, now: float) -> None:
         self._count += 1
         self._costs += arrival.work_s
         self._meter.arrived(arrival.work_s, now)
@@ -221,7 +225,8 @@ class Simulation:
         planned = self._strategy.plan(inputs)
         self._memory = planned.memory
         if planned.actions and len(self.outcome.decisions) < self._keeps:
-            decision = SimulatedDecision(t_s=now, sentence=planned.sentence, actions=planned.actions)
+            t_s = self._began_at + now
+            decision = SimulatedDecision(t_s=t_s, sentence=planned.sentence, actions=planned.actions)
             self.outcome.decisions.append(decision)
         for action in planned.actions:
             self._act(action, now)
