@@ -5,12 +5,24 @@ A wrong argument is refused by click, naming the option.
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
+from typing import Any
 
 import click
 
 PORT = click.IntRange(0, 65535)
+
+
+class NumberRange(click.FloatRange):
+    """From min to max, both allowed. click's own range lets NaN through, which is neither below nor above."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is no number", param, ctx)
+        return number
 
 
 def known_device(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
