@@ -135,6 +135,7 @@ async def test_a_lost_workers_job_waits_again_and_remembers_who_lost_it(store):
 
     job = await store.job("j1")
     assert (job.status, job.attempts, job.lost_on, job.worker_id) == (JobStatus.QUEUED, 3, {7, 8}, None)
+    assert job.losses == 3
     assert await store.head(1, "key:a", NOW + 1) is None
     assert (await store.head(1, "key:a", NOW + 2)).id == "j1"
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from comfyfleet.clock import Clock
 from comfyfleet.control.demand import Backlog, Demand, Meters
+from comfyfleet.control.leases import avoided
 from comfyfleet.control.limits import Allowance, Hold
 from comfyfleet.control.load import Booking
 from comfyfleet.control.numbers import Numbers
@@ -97,6 +98,8 @@ class Desk:
             ticket.uncollected = False
             if ticket.phase in (Phase.ASSIGNED, Phase.FINISHED):
                 self._returned(ticket, now)
+        if request.held:
+            ticket.excluded = None  # its holder says each time whom to leave out, and nobody else does
         for worker_id in request.excluded:
             ticket.exclude(worker_id, now + EXCLUDED_S)
         if ticket.phase is Phase.WAITING:
@@ -110,6 +113,10 @@ class Desk:
         if self.queue.waiting_count(ticket.endpoint_id) == 1:
             self.on_first_wait()
         return self._waits(request, ticket, self.turns.hold(ticket, now))
+
+    def to_avoid(self, endpoint_id: int, lost_on: frozenset[int]) -> frozenset[int]:
+        """Of the workers that lost a durable job, those it is not to have again now: `TakeRequest.excluded`."""
+        return avoided(lost_on, self._workers.of_endpoint(endpoint_id)) if lost_on else lost_on
 
     def release(self, request_idx: int) -> None:
         """The holder of a durable job is done with its booking; the ticket is forgotten in time."""

@@ -167,22 +167,33 @@ class Dispatcher:
             return  # a new job behind a full line changes nothing; the desk says when there is room
         share = self._desk.turns.share(endpoint.id)
         barren: set[str] = set()
+        kept_away: set[str] = set()  # of the barren ones: their job waits for a worker that did not lose it
         while True:
             scopes = [scope for scope in self._backlog.scopes(endpoint.id) if scope not in barren]
             scope = share.next(scopes)
             if scope is None:
-                self._leave_line(endpoint.id)
+                standing = self._in_line.get(endpoint.id)
+                if standing is not None and standing.scope not in kept_away:
+                    self._leave_line(endpoint.id)
                 return
             head = await self._store.head(endpoint.id, scope, self._clock.now())
             if head is None:  # all of them are held back for a moment
                 barren.add(scope)
                 continue
-            placed = self._place(endpoint, head, runs)
+            excluded = self._desk.to_avoid(endpoint.id, head.lost_on)
+            placed = self._place(endpoint, head, excluded, runs)
             if placed is None:
-                return
+                if not excluded:
+                    return
+                # The others may have the workers that this one must not.
+                barren.add(scope)
+                kept_away.add(scope)
+                continue
             await self._leases.lease(head, placed, runs)
 
-    def _place(self, endpoint: Endpoint, head: JobHead, runs: anyio.abc.TaskGroup) -> Placed | None:
+    def _place(
+        self, endpoint: Endpoint, head: JobHead, excluded: frozenset[int], runs: anyio.abc.TaskGroup
+    ) -> Placed | None:
         """A worker for the job, or its place in the line kept."""
         standing = self._in_line.get(endpoint.id)
         if standing is not None and standing.scope != head.scope:
@@ -200,7 +211,7 @@ class Dispatcher:
                 models=frozenset(msgspec.json.decode(head.models, type=list[str])),
                 shape=head.shape,
                 held=True,
-                excluded=head.lost_on,
+                excluded=excluded,
             )
         )
         if isinstance(found, Placed):

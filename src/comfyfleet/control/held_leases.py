@@ -23,7 +23,7 @@ from comfyfleet.control.job_feed import JobFeed, Kick
 from comfyfleet.control.job_run import JobRun, RunOutcome
 from comfyfleet.control.jobs import Job, JobHead, Lease
 from comfyfleet.control.keys import Vault
-from comfyfleet.control.leases import LEASE_S, LOST_AFTER_S, is_abandoned
+from comfyfleet.control.leases import LEASE_S, LOST_AFTER_S, is_abandoned, is_left_behind
 from comfyfleet.control.ownership import NotOwner, Ownership
 from comfyfleet.control.placements import Placed
 from comfyfleet.control.store.base import Store
@@ -207,13 +207,23 @@ class HeldLeases:
             await self._withdraw(job)
 
     async def _withdraw(self, job: Job) -> None:
-        """A lost worker that comes back finds the job in its journal, and would render what another renders now."""
-        until = self._clock.now() + _WITHDRAW_FOR_S
+        """A lost worker that comes back finds the job in its journal, and would render what another renders now.
+
+        Or what it is to render itself: where the job is its own again, there is nothing to drop.
+        """
+        until, worker_id = self._clock.now() + _WITHDRAW_FOR_S, job.worker_id or 0
         while self._clock.now() < until:
-            ticket = self._ticket_for(job)
+            await self._clock.sleep(0.5)
+            try:
+                now_is = await self._store.job(job.id)
+            except Exception as error:  # one iteration: whatever ails the database, the other runs go on
+                log.warning("lease.not_withdrawn", job=job.id, worker=worker_id, error=str(error))
+                continue
+            if now_is is None or now_is.worker_id == worker_id:
+                return
+            ticket = self._ticket_for(job) if is_left_behind(now_is, worker_id) else None
             if ticket is not None and await self._calls.cancel(ticket, job.id):
                 return
-            await self._clock.sleep(0.5)
 
     def _ticket_for(self, job: Job) -> RouteReady | None:
         """To ask the worker a leased job is on. reqnum 0: it starts nothing."""

@@ -33,6 +33,7 @@ from comfyfleet.control.worker_calls import (
     WorkerCalls,
 )
 from comfyfleet.control.workers import Workers
+from comfyfleet.wire.errors import IdempotencyMismatch
 from comfyfleet.wire.jobs import JobStatus
 from comfyfleet.wire.routing import RouteReady
 
@@ -122,6 +123,9 @@ class JobRun:
                     self._silent_since = None
                     if isinstance(started, OnlySynchronous):
                         started = await self._wait_for(ticket)
+                    elif isinstance(started, Refused) and started.code == IdempotencyMismatch.code:
+                        # It has our job from an earlier lease: only the time that was left then is another.
+                        started = Taken()
                 if isinstance(started, Ended):
                     return await self._ended(started)
                 if isinstance(started, Refused):
@@ -156,7 +160,7 @@ class JobRun:
         while not self._is_cancel_asked:
             now = self._clock.now()
             here = Silence(since=now, lost_after_s=self._lost_after_s)  # the open connection says nothing else
-            if fate(self._job, worker_id, self._workers.get(worker_id), here, now) is not Fate.WAIT:
+            if fate(self._job, self._workers.get(worker_id), here, now) is not Fate.WAIT:
                 break
             await self._clock.sleep(_RECONNECT_S)
         call.cancel()
@@ -247,14 +251,16 @@ class JobRun:
         # From the first call that failed: a worker that had nothing to say for long is asked again before it is lost.
         self._silent_since = now if self._silent_since is None else self._silent_since
         silence = Silence(since=self._silent_since, lost_after_s=self._lost_after_s)
-        decided = fate(self._job, worker_id, self._workers.get(worker_id), silence, now)
+        decided = fate(self._job, self._workers.get(worker_id), silence, now)
         if decided is Fate.WAIT:
             return None
         log.warning("lease.lost", job=self._job.id, worker=worker_id, why=why, next=str(decided))
+        if self._workers.get(worker_id) is not None:
+            self._workers.suspect(worker_id, now)  # or the job, which waits again, would go straight back to it
         if decided is Fate.POISON:
             error = {
                 "code": "poison_job",
-                "message": "three workers were lost with this job; it is not tried again",
+                "message": "its worker was lost three times; it is not tried again",
                 "details": {"worker_ids": sorted(self._job.lost_on | {worker_id})},
             }
             return await self._finish(JobStatus.FAILED, None, msgspec.json.encode(error).decode())

@@ -16,8 +16,8 @@ from comfyfleet.wire.jobs import JobStatus
 # One step of priority is worth this much waiting: so a low job overtakes newer high ones in the end.
 AGEING_S = 600.0
 MAX_PRIORITY = 100
-# A job that took this many workers down with it is stopped.
-POISON_AFTER_WORKERS = 3
+# A job whose worker was lost this often, be it one worker or several, is stopped.
+POISON_AFTER_LOSSES = 3
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +57,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def lost_on(self) -> frozenset[int]:
         return frozenset(msgspec.json.decode(self.lost_workers, type=list[int]))
+
+    @property
+    def losses(self) -> int:
+        """How often a worker was lost with it: `lost_workers` names one that was lost twice two times."""
+        return len(msgspec.json.decode(self.lost_workers, type=list[int]))
 
     @property
     def is_final(self) -> bool:

@@ -5,14 +5,15 @@ A worker's lease is renewed for as long as the worker answers. What follows when
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from enum import StrEnum
 
 import msgspec
 
-from comfyfleet.control.jobs import POISON_AFTER_WORKERS, Job
+from comfyfleet.control.jobs import POISON_AFTER_LOSSES, Job
 from comfyfleet.control.worker import Worker
-from comfyfleet.control.worker_states import WorkerState
+from comfyfleet.control.worker_states import ACTIVE, WorkerState
+from comfyfleet.wire.jobs import JobStatus
 
 LEASE_S = 30.0
 RENEW_EVERY_S = 10.0
@@ -40,15 +41,33 @@ class Silence(msgspec.Struct, frozen=True, kw_only=True):
     lost_after_s: float = LOST_AFTER_S
 
 
-def fate(job: Job, worker_id: int, worker: Worker | None, silence: Silence, now: float) -> Fate:
+def fate(job: Job, worker: Worker | None, silence: Silence, now: float) -> Fate:
     """A worker that is gone for good need not be waited for; one that may come back has its time."""
     is_gone = worker is None or (worker.state in _GONE and not worker.is_foreign)
     if not is_gone and now - silence.since < silence.lost_after_s:
         return Fate.WAIT
     # A restarted control plane knows its workers from the store; one it does not know is gone.
-    if len(job.lost_on | {worker_id}) >= POISON_AFTER_WORKERS:
+    if job.losses + 1 >= POISON_AFTER_LOSSES:
         return Fate.POISON
     return Fate.RUN_ELSEWHERE
+
+
+def avoided(lost_on: frozenset[int], workers: Iterable[Worker]) -> frozenset[int]:
+    """The workers of its endpoint that a job is to be kept from: those that lost it, as long as there is another.
+
+    Where there is none, ready or on its way, one of them has the job again; what kills every worker is poison anyway.
+    """
+    has_other = any(one.id not in lost_on and one.state in ACTIVE and not one.intent for one in workers)
+    return lost_on if has_other else frozenset()
+
+
+def is_left_behind(job: Job | None, worker_id: int) -> bool:
+    """The worker that lost this job is to drop it: it is no more that worker's, and will not be in a moment.
+
+    job: as the store has it now. While it waits, that worker may be the one that gets it; told to drop it then, it
+    would end the run that is to come.
+    """
+    return job is not None and job.status is not JobStatus.QUEUED and job.worker_id != worker_id
 
 
 def is_abandoned(job: Job, held: Collection[str], now: float) -> bool:

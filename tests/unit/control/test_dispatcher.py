@@ -16,6 +16,8 @@ from comfyfleet.control.keys import Vault
 from comfyfleet.control.ownership import SoleOwner
 from comfyfleet.control.records import Endpoint
 from comfyfleet.control.store.store import SqlStore
+from comfyfleet.control.worker import Worker
+from comfyfleet.control.worker_states import WorkerState
 from comfyfleet.ids import SeededIds
 from comfyfleet.wire.jobs import JobStatus
 from support.http_worker import HttpWorker
@@ -141,6 +143,23 @@ async def test_what_goes_wrong_at_one_endpoint_holds_up_no_other(tmp_path):
                 await worker.asked("/generate")
             tasks.cancel_scope.cancel()
         assert (await world.store.job("j2")).status is JobStatus.QUEUED
+
+
+@pytest.mark.parametrize("other", [WorkerState.LOADING, WorkerState.ERROR])
+async def test_a_worker_that_lost_a_job_has_it_again_only_where_no_other_comes_and_others_jobs_at_once(tmp_path, other):
+    async with HttpWorker() as worker, a_dispatcher(tmp_path, worker, "") as (dispatcher, world):
+        (worker_id,) = world.worker_ids()
+        coming = Worker(id=99, endpoint_id=1, group_id=1, mtoken="m", created_at=0.0, state=other)
+        world.plane.workers.add(coming, world.clock.now())
+        await world.store.add_jobs([a_job(lost_workers=f"[{worker_id}]"), a_job("j2", scope="key:b")])
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(dispatcher.run)
+            with anyio.fail_after(60):
+                await worker.asked("/generate")
+            leased = [job.id for job in await world.store.leased()]
+            tasks.cancel_scope.cancel()
+
+    assert leased == ["j2" if other is WorkerState.LOADING else "j1"]
 
 
 def test_a_run_that_ended_takes_nothing_from_the_jobs_next_run():

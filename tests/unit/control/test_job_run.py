@@ -219,7 +219,7 @@ async def test_a_worker_that_forgot_the_job_gives_it_back(tmp_path):
 
 
 async def test_a_lost_workers_job_waits_for_another_and_the_third_loss_is_the_last(tmp_path):
-    for folder, lost, status in (("a", [], JobStatus.QUEUED), ("b", [1, 2], JobStatus.FAILED)):
+    for folder, lost, status in (("a", [], JobStatus.QUEUED), ("b", [7, 7], JobStatus.FAILED)):
         lost_workers = msgspec.json.encode(lost).decode()
         async with HttpWorker() as worker, Leased(tmp_path / folder, worker, lost_workers=lost_workers) as leased:
             await worker.runner.cleanup()
@@ -229,10 +229,22 @@ async def test_a_lost_workers_job_waits_for_another_and_the_third_loss_is_the_la
             job = await leased.stored()
             assert job.status is status
             assert outcome.is_left_behind == (status is JobStatus.QUEUED)
+            assert leased.workers.known(7).is_suspect
             if status is JobStatus.QUEUED:
                 assert job.lost_on == {7}
             else:
                 assert msgspec.json.decode(job.error)["code"] == "poison_job"
+
+
+async def test_a_worker_that_has_the_job_from_an_earlier_lease_with_more_time_left_is_followed(tmp_path):
+    async with HttpWorker() as worker, Leased(tmp_path, worker) as leased:
+        error = {"code": "idempotency_mismatch", "message": "used with another body"}
+        worker.answers["/generate"] = (422, {"status": "failed", "error": error}, {})
+        worker.answers["/result/j"] = (200, [FINAL], {})
+
+        outcome = await leased.run.run(worker.ticket())
+
+    assert outcome.status is JobStatus.COMPLETED
 
 
 async def test_a_result_under_a_lost_lease_is_dropped(tmp_path):

@@ -123,17 +123,17 @@ class JobTable:
             rows = connection.rows(sql.LOST_WORKERS, {"id": job_id, "token": token})
             if not rows:
                 return False
-            lost: set[int] = set(msgspec.json.decode(rows[0][0], type=list[int]))
+            lost: list[int] = msgspec.json.decode(rows[0][0], type=list[int])
             if lost_worker is not None:
-                lost.add(lost_worker)
+                lost.append(lost_worker)  # once for each loss
             params = {
                 "id": job_id,
                 "token": token,
-                "lost_workers": msgspec.json.encode(sorted(lost)).decode(),
+                "lost_workers": msgspec.json.encode(lost).decode(),
                 "not_before": not_before,
             }
             connection.change(sql.REQUEUE, params)
-            told = _json(reason=reason, lost_workers=sorted(lost))
+            told = _json(reason=reason, lost_workers=sorted(set(lost)))
             batches.add_events(connection, [NewEvent(job_id=job_id, at=now, kind="requeued", data=told)])
             return True
 
