@@ -33,7 +33,7 @@ from comfyfleet.control.worker_calls import (
     WorkerCalls,
 )
 from comfyfleet.control.workers import Workers
-from comfyfleet.wire.errors import IdempotencyMismatch
+from comfyfleet.wire.errors import FleetError, IdempotencyMismatch
 from comfyfleet.wire.jobs import JobStatus
 from comfyfleet.wire.routing import RouteReady
 
@@ -44,6 +44,9 @@ SAVE_AT_MOST_S = 60.0
 _RECONNECT_S = 0.5
 # A public PyWorker answers 500 for whatever went wrong, a broken workflow included: tried again, but not for ever.
 _SYNCHRONOUS_TRIES = 3
+_NOT_KEPT = msgspec.json.encode(
+    {"code": FleetError.code, "message": "its answer could not be kept; the log says why", "details": {}}
+).decode()
 _BUSY = frozenset({408, 425, 429, 503})
 
 
@@ -59,6 +62,21 @@ class RunOutcome:
     seconds: float = 0.0
     reason: str = ""
     is_left_behind: bool = False
+
+
+def how_it_ended(body: bytes) -> tuple[JobStatus, str | None]:
+    """(status, error as JSON text) that a worker's JSON object tells. Raises NOT_JSON.
+
+    A public PyWorker passes its model's answer on, in which `status` may mean anything: only our own words say more
+    than that it is done.
+    """
+    result = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    said = bytes(result.get("status", msgspec.Raw(b"")))
+    if said == b'"cancelled"':
+        return JobStatus.CANCELLED, None
+    if said == b'"failed"':
+        return JobStatus.FAILED, bytes(result.get("error", msgspec.Raw(b'{"code":"job_failed"}'))).decode()
+    return JobStatus.COMPLETED, None
 
 
 class JobRun:
@@ -220,13 +238,12 @@ class JobRun:
         self._feed.news(self._job.id)
 
     async def _ended(self, ended: Ended) -> RunOutcome:
-        result = msgspec.json.decode(ended.body, type=dict[str, msgspec.Raw])
-        said = msgspec.json.decode(result.get("status", msgspec.Raw(b'"completed"')))
-        status = {"failed": JobStatus.FAILED, "cancelled": JobStatus.CANCELLED}.get(said, JobStatus.COMPLETED)
-        error = None
-        if status is JobStatus.FAILED:
-            error = bytes(result.get("error", msgspec.Raw(b'{"code":"job_failed"}'))).decode()
-        return await self._finish(status, ended.body.decode(), error)
+        try:
+            status, error = how_it_ended(ended.body)
+            return await self._finish(status, ended.body.decode(), error)
+        except Exception:  # the stage boundary behind the answer: left alone it would be rendered again, for ever
+            log.exception("job.answer_not_kept", job=self._job.id)
+            return await self._finish(JobStatus.FAILED, None, _NOT_KEPT)
 
     async def _refused(self, refused: Refused) -> RunOutcome:
         """Not taken: another worker, or a little later; final only where no retry can help."""

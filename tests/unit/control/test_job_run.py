@@ -272,6 +272,38 @@ async def test_a_public_pyworkers_500_is_tried_again_and_not_for_ever(tmp_path):
     assert (third.status, error["code"]) == (JobStatus.FAILED, "worker_500")
 
 
+@pytest.mark.parametrize("status", [{"completed": True}, ["done"], None, 7, "success"])
+async def test_a_public_pyworkers_answer_is_the_jobs_result_whatever_it_calls_its_status(tmp_path, status):
+    """As a ComfyUI history entry, whose `status` is an object."""
+    async with HttpWorker() as worker, Leased(tmp_path, worker) as leased:
+        worker.answers["/generate/sync"] = (200, {"outputs": {}, "status": status}, {})
+
+        outcome = await leased.run.run(worker.ticket())
+        job = await leased.stored()
+
+    assert (outcome.status, job.status) == (JobStatus.COMPLETED, JobStatus.COMPLETED)
+    assert msgspec.json.decode(job.result) == {"outputs": {}, "status": status}
+
+
+async def test_a_job_whose_answer_cannot_be_kept_fails_and_is_not_made_again(tmp_path):
+    async with HttpWorker() as worker, Leased(tmp_path, worker) as leased:
+        worker.answers["/generate"] = (200, DONE, {})
+        finish = leased.store.finish
+
+        async def finish_without_result(*args, result, **kwargs):
+            if result is not None:
+                raise ValueError("no column takes it")
+            return await finish(*args, result=result, **kwargs)
+
+        leased.store.finish = finish_without_result
+
+        outcome = await leased.run.run(worker.ticket())
+        job = await leased.stored()
+
+    assert (outcome.status, job.status) == (JobStatus.FAILED, JobStatus.FAILED)
+    assert msgspec.json.decode(job.error)["code"] == "internal_error"
+
+
 @pytest.mark.parametrize("how", ["cancelled", "its worker is gone"])
 async def test_a_job_at_a_public_pyworker_is_hung_up_on(tmp_path, how):
     async with HttpWorker() as worker, Leased(tmp_path, worker) as leased:
