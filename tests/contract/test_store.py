@@ -129,13 +129,14 @@ async def test_a_lost_workers_job_waits_again_and_remembers_who_lost_it(store):
     await store.add_jobs([a_job()])
     for attempt, worker in enumerate([7, 8, 7]):
         await store.lease(a_lease(token=f"t{attempt}", worker_id=worker))
+        await store.start("j1", token=f"t{attempt}", now=NOW)
         assert await store.requeue(
             "j1", token=f"t{attempt}", lost_worker=worker, not_before=NOW + attempt, reason="worker lost", now=NOW
         )
 
     job = await store.job("j1")
     assert (job.status, job.attempts, job.lost_on, job.worker_id) == (JobStatus.QUEUED, 3, {7, 8}, None)
-    assert job.losses == 3
+    assert (job.losses, job.started_at) == (3, None)
     assert await store.head(1, "key:a", NOW + 1) is None
     assert (await store.head(1, "key:a", NOW + 2)).id == "j1"
 

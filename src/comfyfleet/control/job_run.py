@@ -119,10 +119,12 @@ class JobRun:
         self._told_at = 0.0
         self._began_at = 0.0
         self._is_synchronous = False
+        self._is_taken_over = False
 
     async def run(self, ticket: RouteReady | None) -> RunOutcome:
         """ticket: to start the job with; None for one that a worker has already (after our restart)."""
         outcome: RunOutcome | None = None
+        self._is_taken_over = ticket is None
         async with anyio.create_task_group() as group:
             group.start_soon(self._keep_lease, group.cancel_scope, name="lease")
             group.start_soon(self._hear_cancel, name="cancel")
@@ -321,7 +323,8 @@ class JobRun:
             ) or await self._saved(partial(self._is_written, status, now))
         if not is_ours:
             return RunOutcome(job=self._job, status=None, reason="the lease was lost")
-        began = self._job.started_at or self._began_at or now
+        # Only of a lease that was taken over did this run begin before us: an earlier run's start is none of its time.
+        began = (self._job.started_at if self._is_taken_over else None) or self._began_at or now
         return RunOutcome(job=self._job, status=status, seconds=now - began)
 
     async def _is_written(self, status: JobStatus, finished_at: float) -> bool:

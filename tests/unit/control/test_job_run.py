@@ -64,7 +64,7 @@ class Leased:
             worker_url=self.worker.url,
             request_idx=2,
         )
-        job = await self.store.lease(lease)
+        job = msgspec.structs.replace(await self.store.lease(lease), started_at=self._fields.get("started_at"))
         state = {"id": 7, "endpoint_id": 1, "group_id": 1, "mtoken": "m", "created_at": now}
         self.workers.add(Worker(**state, state=WorkerState.IDLE, url=self.worker.url), now)
         self.run = JobRun(
@@ -245,6 +245,19 @@ async def test_a_worker_that_has_the_job_from_an_earlier_lease_with_more_time_le
         outcome = await leased.run.run(worker.ticket())
 
     assert outcome.status is JobStatus.COMPLETED
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+async def test_a_run_takes_its_own_time_be_it_the_second_or_begun_by_a_control_plane_that_is_gone(tmp_path, is_ours):
+    an_hour_ago = SystemClock().now() - 3600.0
+    async with HttpWorker() as worker, Leased(tmp_path, worker, started_at=an_hour_ago) as leased:
+        worker.answers["/generate"] = (200, DONE, {})
+        worker.answers["/result/j"] = (200, [FINAL], {})
+
+        outcome = await leased.run.run(worker.ticket() if is_ours else None)
+
+    assert outcome.status is JobStatus.COMPLETED
+    assert outcome.seconds < 60 if is_ours else 3600 <= outcome.seconds < 3660
 
 
 async def test_a_result_under_a_lost_lease_is_dropped(tmp_path):
