@@ -141,6 +141,20 @@ async def test_a_lost_workers_job_waits_again_and_remembers_who_lost_it(store):
     assert (await store.head(1, "key:a", NOW + 2)).id == "j1"
 
 
+async def test_a_cancelled_job_that_is_given_back_waits_for_no_worker(store):
+    await store.add_jobs([a_job()])
+    await store.lease(a_lease())
+    await store.cancel("j1", NOW + 1)
+
+    given_back = await store.requeue("j1", token="t1", lost_worker=7, not_before=0.0, reason="lost", now=NOW + 2)
+
+    job = await store.job("j1")
+    assert given_back is job.status is JobStatus.CANCELLED
+    assert (job.finished_at, job.lease_token) == (NOW + 2, None)
+    assert await store.head(1, "key:a", NOW + 9) is None
+    assert [event.kind for event in await store.events("j1")] == ["queued", "leased", "cancelled"]
+
+
 async def test_the_same_idempotency_key_stores_one_job_per_scope(store):
     first = await store.add_jobs([a_job("j1", idempotency_key="k")])
     again = await store.add_jobs([a_job("j2", idempotency_key="k", digest="other"), a_job("j3")])

@@ -60,7 +60,11 @@ class HttpWorker:
     async def asked(self, path: str) -> None:
         """Returns once this path was called."""
         while path not in [heard for heard, _ in self.heard]:
-            await self._news.wait()
+            await self.news()
+
+    async def news(self) -> None:
+        """Returns after the next call, of whatever path."""
+        await self._news.wait()
 
     def ticket(self) -> RouteReady:
         return RouteReady(

@@ -222,7 +222,7 @@ class HeldLeases:
             if now_is is None or now_is.worker_id == worker_id:
                 return
             ticket = self._ticket_for(job) if is_left_behind(now_is, worker_id) else None
-            if ticket is not None and await self._calls.cancel(ticket, job.id):
+            if ticket is not None and await self._calls.withdraw(ticket, job.id):
                 return
 
     def _ticket_for(self, job: Job) -> RouteReady | None:

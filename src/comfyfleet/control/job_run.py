@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import anyio
 import msgspec
@@ -38,6 +39,7 @@ from comfyfleet.wire.jobs import JobStatus
 from comfyfleet.wire.routing import RouteReady
 
 log = structlog.get_logger()
+Saved = TypeVar("Saved")
 
 PROGRESS_EVERY_S = 0.5
 SAVE_AT_MOST_S = 60.0
@@ -284,18 +286,15 @@ class JobRun:
             }
             return await self._finish(JobStatus.FAILED, None, msgspec.json.encode(error).decode())
         reason = f"worker {worker_id} was lost ({why})"
-        if not await self._requeue(reason, lost_worker=worker_id, wait_s=0.0):
-            return RunOutcome(job=self._job, status=None, reason="the lease was lost")
-        return RunOutcome(job=self._job, status=None, reason=reason, is_left_behind=True)
+        return await self._requeue(reason, lost_worker=worker_id, wait_s=0.0)
 
     async def _give_back(self, reason: str, after_s: float) -> RunOutcome:
-        await self._requeue(reason, lost_worker=None, wait_s=max(GIVEN_BACK_S, after_s))
-        return RunOutcome(job=self._job, status=None, reason=reason)
+        return await self._requeue(reason, lost_worker=None, wait_s=max(GIVEN_BACK_S, after_s))
 
-    async def _requeue(self, reason: str, *, lost_worker: int | None, wait_s: float) -> bool:
-        """Put the job back into the queue, not to be tried before `wait_s`; False when the lease was no longer ours."""
+    async def _requeue(self, reason: str, *, lost_worker: int | None, wait_s: float) -> RunOutcome:
+        """Put the job back into the queue, not to be tried before `wait_s`; over, if it was cancelled meanwhile."""
         now = self._clock.now()
-        return await self._saved(
+        status = await self._saved(
             partial(
                 self._store.requeue,
                 self._job.id,
@@ -306,6 +305,11 @@ class JobRun:
                 now=now,
             )
         )
+        if status is None:
+            return RunOutcome(job=self._job, status=None, reason="the lease was lost")
+        if status is JobStatus.CANCELLED:
+            return RunOutcome(job=self._job, status=status, seconds=self._run_s(now))
+        return RunOutcome(job=self._job, status=None, reason=reason, is_left_behind=lost_worker is not None)
 
     async def _finish(self, status: JobStatus, result: str | None, error: str | None) -> RunOutcome:
         now, is_ours = self._clock.now(), False
@@ -323,16 +327,19 @@ class JobRun:
             ) or await self._saved(partial(self._is_written, status, now))
         if not is_ours:
             return RunOutcome(job=self._job, status=None, reason="the lease was lost")
-        # Only of a lease that was taken over did this run begin before us: an earlier run's start is none of its time.
+        return RunOutcome(job=self._job, status=status, seconds=self._run_s(now))
+
+    def _run_s(self, now: float) -> float:
+        """What this run took. Only one that was taken over began before us; an earlier run is none of its time."""
         began = (self._job.started_at if self._is_taken_over else None) or self._began_at or now
-        return RunOutcome(job=self._job, status=status, seconds=now - began)
+        return now - began
 
     async def _is_written(self, status: JobStatus, finished_at: float) -> bool:
         """Our end is there already: the commit was done and its confirmation lost with the connection."""
         job = await self._store.job(self._job.id)
         return job is not None and (job.status, job.finished_at) == (status, finished_at)
 
-    async def _saved(self, change: Callable[[], Awaitable[bool]]) -> bool:
+    async def _saved(self, change: Callable[[], Awaitable[Saved]]) -> Saved:
         """Make the change, however long the database is away meanwhile."""
         while True:
             try:

@@ -125,13 +125,21 @@ class WorkerCalls:
         raise Unreachable("the stream ended without a result")
 
     async def cancel(self, ticket: RouteReady, job_id: str) -> bool:
-        """True if the worker was told."""
+        """True if the job is over there. A worker that does not know it may be about to get it: tell it again."""
+        return await self._stop(ticket, job_id) == 200
+
+    async def withdraw(self, ticket: RouteReady, job_id: str) -> bool:
+        """True if a worker that is to get the job no more does not have it, or not any longer."""
+        return await self._stop(ticket, job_id) in (200, 404)
+
+    async def _stop(self, ticket: RouteReady, job_id: str) -> int:
+        """What HTTP said; 0 for nothing."""
         try:
             body = b'{"auth_data":' + _encode(ticket) + b"}"
             status, _, _ = await self._post(f"{ticket.url}/cancel/{job_id}", body, _START)
         except (aiohttp.ClientError, TimeoutError, OSError):
-            return False
-        return status < 500
+            return 0
+        return status
 
     async def _post(self, url: str, body: bytes, within: aiohttp.ClientTimeout) -> tuple[int, bytes, dict[str, str]]:
         async with self._session.post(

@@ -298,6 +298,21 @@ async def test_a_public_pyworkers_answer_is_the_jobs_result_whatever_it_calls_it
     assert msgspec.json.decode(job.result) == {"outputs": {}, "status": status}
 
 
+async def test_a_cancel_that_overtook_the_job_on_its_way_to_the_worker_is_told_again(tmp_path):
+    async with HttpWorker() as worker, Leased(tmp_path, worker) as leased:
+        worker.answers["/generate"] = (202, {"id": "j", "status": "queued"}, {})
+        worker.held.add("/result/j")
+        unknown = {"status": "failed", "error": {"code": "not_found", "message": "no such job"}}
+        worker.scripts["/cancel/j"] = [(404, unknown, {}), (200, {}, {})]
+        leased.feed.cancel("j")
+        async with anyio.create_task_group() as group:
+            group.start_soon(leased.run.run, worker.ticket())
+            with anyio.fail_after(60):
+                while worker.scripts["/cancel/j"]:
+                    await worker.news()
+            group.cancel_scope.cancel()
+
+
 async def test_a_job_whose_answer_cannot_be_kept_fails_and_is_not_made_again(tmp_path):
     async with HttpWorker() as worker, Leased(tmp_path, worker) as leased:
         worker.answers["/generate"] = (200, DONE, {})

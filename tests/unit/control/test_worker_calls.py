@@ -141,3 +141,16 @@ async def test_a_worker_that_is_not_there_is_unreachable_and_cannot_be_cancelled
         with pytest.raises(Unreachable):
             await worker.calls.start(ticket, b"{}")
         assert not await worker.calls.cancel(ticket, "j")
+        assert not await worker.calls.withdraw(ticket, "j")
+
+
+@pytest.mark.parametrize(
+    ("status", "is_cancelled", "is_withdrawn"),
+    [(200, True, True), (404, False, True), (401, False, False), (503, False, False)],
+)
+async def test_a_worker_that_does_not_know_a_job_yet_was_not_told_to_cancel_it(status, is_cancelled, is_withdrawn):
+    async with HttpWorker() as worker:
+        worker.answers["/cancel/j"] = (status, {}, {})
+
+        assert await worker.calls.cancel(worker.ticket(), "j") is is_cancelled
+        assert await worker.calls.withdraw(worker.ticket(), "j") is is_withdrawn

@@ -165,8 +165,11 @@ class Store(Protocol):
 
     async def requeue(
         self, job_id: str, *, token: str, lost_worker: int | None, not_before: float, reason: str, now: float
-    ) -> bool:
-        """Back to waiting, with its event. lost_worker: remembered as one that did not bring it back."""
+    ) -> JobStatus | None:
+        """Back to waiting, with its event; cancelled, if its caller wants it no more. None: the lease was lost.
+
+        lost_worker: remembered as one that did not bring it back, once for each time.
+        """
         ...
 
     async def cancel(self, job_id: str, now: float) -> Job | None:

@@ -118,11 +118,11 @@ class JobTable:
 
     async def requeue(
         self, job_id: str, *, token: str, lost_worker: int | None, not_before: float, reason: str, now: float
-    ) -> bool:
-        def work(connection: Connection) -> bool:
+    ) -> JobStatus | None:
+        def work(connection: Connection) -> JobStatus | None:
             rows = connection.rows(sql.LOST_WORKERS, {"id": job_id, "token": token})
             if not rows:
-                return False
+                return None
             lost: list[int] = msgspec.json.decode(rows[0][0], type=list[int])
             if lost_worker is not None:
                 lost.append(lost_worker)  # once for each loss
@@ -132,10 +132,13 @@ class JobTable:
                 "lost_workers": msgspec.json.encode(lost).decode(),
                 "not_before": not_before,
             }
-            connection.change(sql.REQUEUE, params)
+            if not connection.change(sql.REQUEUE, params):
+                status = JobStatus.CANCELLED
+                ending = Ending(id=job_id, token=token, status=status, result=None, error=None, now=now)
+                return status if all(batches.finish(connection, [ending])) else None
             told = _json(reason=reason, lost_workers=sorted(set(lost)))
             batches.add_events(connection, [NewEvent(job_id=job_id, at=now, kind="requeued", data=told)])
-            return True
+            return JobStatus.QUEUED
 
         return await self._database.write(work, news=News(jobs=(job_id,)))
 

@@ -259,11 +259,12 @@ UPDATE job SET status = v.column3, result = v.column4, error = v.column5,
   FROM (VALUES {(:id, :token, :status, :result, :error, :now)}) AS v
  WHERE job.id = v.column1 AND job.lease_token = v.column2 RETURNING job.id"""
 
-# requeue: the worker is lost or refused it; the job waits again, and its next run has its own start.
+# requeue: the worker is lost or refused it; the job waits again, and its next run has its own start. No row: its
+# caller wants it no more.
 REQUEUE = """
 UPDATE job SET status = 'queued', lease_token = NULL, lease_expires = NULL, worker_id = NULL, worker_url = NULL,
                request_idx = NULL, started_at = NULL, lost_workers = :lost_workers, not_before = :not_before
- WHERE id = :id AND lease_token = :token"""
+ WHERE id = :id AND lease_token = :token AND cancel_requested = 0"""
 
 # lost_workers: who did not bring it back so far.
 LOST_WORKERS = "SELECT lost_workers FROM job WHERE id = :id AND lease_token = :token"
