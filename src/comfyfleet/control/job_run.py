@@ -52,6 +52,12 @@ _NOT_KEPT = msgspec.json.encode(
 _BUSY = frozenset({408, 425, 429, 503})
 
 
+# A worker of ours stops such a job by itself; one of another make does not know its deadline. In our worker's words.
+_OVERDUE = Refused(
+    status=422, code="deadline_exceeded", message="not done by its deadline", details={}, retry_after_s=None
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOutcome:
     """How a lease ended. status None: the job waits again, or the lease was lost.
@@ -161,7 +167,7 @@ class JobRun:
                 await self._clock.sleep(_RECONNECT_S)
 
     async def _wait_for(self, ticket: RouteReady) -> Ended | Refused:
-        """By a worker whose connection is the job: hung up on when the job is cancelled or the worker is lost."""
+        """By a worker whose connection is the job: hung up on at a cancel, the deadline, or the loss of the worker."""
         if not await self._began():
             raise Unreachable("the lease was lost")
         found: Ended | Refused | Unreachable = Unreachable("its worker is gone")
@@ -173,13 +179,18 @@ class JobRun:
             except Unreachable as error:
                 found = error
             group.cancel_scope.cancel()
+        if isinstance(found, Unreachable) and self._is_overdue():
+            return _OVERDUE
         if isinstance(found, Unreachable):
             raise found
         return found
 
+    def _is_overdue(self) -> bool:
+        return self._job.deadline_at is not None and self._clock.now() >= self._job.deadline_at
+
     async def _watch_synchronous(self, call: anyio.CancelScope) -> None:
         worker_id = self._job.worker_id or 0
-        while not self._is_cancel_asked:
+        while not self._is_cancel_asked and not self._is_overdue():
             now = self._clock.now()
             here = Silence(since=now, lost_after_s=self._lost_after_s)  # the open connection says nothing else
             if fate(self._job, self._workers.get(worker_id), here, now) is not Fate.WAIT:

@@ -285,6 +285,20 @@ async def test_a_public_pyworkers_500_is_tried_again_and_not_for_ever(tmp_path):
     assert (third.status, error["code"]) == (JobStatus.FAILED, "worker_500")
 
 
+async def test_a_job_at_a_public_pyworker_is_over_at_its_deadline(tmp_path):
+    deadline_at = SystemClock().now() + 0.3
+    async with HttpWorker() as worker, Leased(tmp_path, worker, deadline_at=deadline_at) as leased:
+        worker.held.add("/generate/sync")
+
+        with anyio.fail_after(60):
+            outcome = await leased.run.run(worker.ticket())
+        job = await leased.stored()
+
+    assert (outcome.status, job.status) == (JobStatus.FAILED, JobStatus.FAILED)
+    assert msgspec.json.decode(job.error)["code"] == "deadline_exceeded"
+    assert job.finished_at >= deadline_at
+
+
 @pytest.mark.parametrize("status", [{"completed": True}, ["done"], None, 7, "success"])
 async def test_a_public_pyworkers_answer_is_the_jobs_result_whatever_it_calls_its_status(tmp_path, status):
     """As a ComfyUI history entry, whose `status` is an object."""
