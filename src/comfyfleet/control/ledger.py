@@ -15,6 +15,7 @@ from comfyfleet.control.records import UsageRow
 from comfyfleet.control.reports import KeyUse
 from comfyfleet.control.store.base import Store
 from comfyfleet.control.store.connection import ConnectionLost
+from comfyfleet.control.worker import Worker
 from comfyfleet.control.worker_states import WorkerState
 from comfyfleet.control.workers import Workers
 
@@ -77,13 +78,12 @@ class Ledger:
                 kind="job",
                 started_at=now - outcome.seconds,
                 seconds=outcome.seconds,
-                price=outcome.seconds * self._price_s["gpu"],
+                price=outcome.seconds * self._gpu_price_s(self._workers.get(job.worker_id or 0)),
             )
         )
 
     def request_ended(self, use: KeyUse) -> None:
         """A routed request's seconds, on its key (whose quota they are taken from already)."""
-        price_s = use.worker.price_hour / 3600.0 or self._price_s["gpu"]
         self._rows.append(
             UsageRow(
                 endpoint_id=use.worker.endpoint_id,
@@ -93,9 +93,13 @@ class Ledger:
                 kind="request",
                 started_at=use.until - use.seconds,
                 seconds=use.seconds,
-                price=use.seconds * price_s,
+                price=use.seconds * self._gpu_price_s(use.worker),
             )
         )
+
+    def _gpu_price_s(self, worker: Worker | None) -> float:
+        """Its machine's price per second where that is known."""
+        return (worker.price_hour / 3600.0 if worker is not None else 0.0) or self._price_s["gpu"]
 
     def count(self) -> None:
         """Add what each worker has used since the last count; the state then held is what is billed."""

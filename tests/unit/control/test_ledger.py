@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from comfyfleet.control.job_run import RunOutcome
 from comfyfleet.control.ledger import Ledger, billed_as, merged
 from comfyfleet.control.records import UsageRow
 from comfyfleet.control.worker_states import WorkerState
+from comfyfleet.wire.jobs import JobStatus
 from support.routing_world import RoutingWorld
+from support.stored_jobs import a_job
 
 pytestmark = pytest.mark.anyio
 
@@ -64,6 +67,21 @@ async def test_a_routed_request_is_on_its_keys_account_and_the_quota_knows_it_af
         assert world.plane.limits.quota_wait_s("key:a", 40.0, world.clock.now()) == 0
         await a_ledger(world).load()
         assert world.plane.limits.quota_wait_s("key:a", 40.0, world.clock.now()) > 0
+
+
+async def test_a_job_costs_what_its_workers_machine_costs(tmp_path):
+    async with RoutingWorld(tmp_path, cold_workers=0) as world:
+        ledger = a_ledger(world)
+        worker = await world.plane.lifecycle.register(1, 0)
+        world.plane.workers.change(worker.id, world.clock.now(), price_hour=7.2)
+        for scope, worker_id in (("key:dear", worker.id), ("key:gone", 99)):
+            job = a_job(scope=scope, worker_id=worker_id)
+            ledger.job_ended(RunOutcome(job=job, status=JobStatus.COMPLETED, seconds=1800.0))
+        await ledger.flush()
+        prices = {row.scope: row.price for row in await world.store.usage(since=0.0, until=world.clock.now())}
+
+        assert prices["key:dear"] == pytest.approx(3.6)
+        assert prices["key:gone"] == pytest.approx(1.0)  # the settings' price
 
 
 def test_rows_of_one_worker_and_one_key_are_summed_before_they_are_saved():
