@@ -141,6 +141,7 @@ class DurablePlane:
             catalog=catalog,
             workers=routing.workers,
             feed=self.feed,
+            backlog=self.backlog,
             clock=clock,
             ended=self._ended,
             keep_s=settings.retention_days * 86_400.0,

@@ -6,6 +6,7 @@ import msgspec
 import structlog
 
 from comfyfleet.clock import Clock
+from comfyfleet.control.backlog import Backlog
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.job_feed import JobFeed, Kick
 from comfyfleet.control.ownership import Ownership
@@ -35,6 +36,7 @@ class Janitor:
         catalog: Catalog,
         workers: Workers,
         feed: JobFeed,
+        backlog: Backlog,
         clock: Clock,
         ended: Kick,
         keep_s: float,
@@ -44,6 +46,7 @@ class Janitor:
         self._catalog = catalog
         self._workers = workers
         self._feed = feed
+        self._backlog = backlog
         self._clock = clock
         self._ended = ended
         self._keep_s = keep_s
@@ -92,6 +95,9 @@ class Janitor:
             self._catalog.drop_endpoint(endpoint.id)
 
     async def _fail(self, job_id: str, error: str) -> None:
-        await self._store.fail_waiting(job_id, error=error, now=self._clock.now())
+        if not await self._store.fail_waiting(job_id, error=error, now=self._clock.now()):
+            return  # a worker has it by now, or it is over
+        if (job := await self._store.job(job_id)) is not None:
+            self._backlog.remove(job.endpoint_id, job.scope, job.cost)  # its key may have another one wait at once
         self._feed.news(job_id)
         self._ended()
