@@ -7,6 +7,7 @@ and put back only into the copy that a worker gets. `rank` orders waiting jobs o
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ AGEING_S = 600.0
 MAX_PRIORITY = 100
 # A job that took this many workers down with it is stopped.
 POISON_AFTER_WORKERS = 3
+_JOB_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,6 +124,11 @@ class JobFilter(msgspec.Struct, frozen=True, kw_only=True):
     status: JobStatus | None = None
     before: tuple[float, str] | None = None
     limit: int = 50
+
+
+def is_job_id(text: str) -> bool:
+    """Whether a job could have that id. Others are none of the database's business, which may choke on them (NUL)."""
+    return _JOB_ID.fullmatch(text) is not None
 
 
 def rank(created_at: float, priority: int) -> float:

@@ -16,7 +16,7 @@ from comfyfleet.control.keys import Keyring, digest, new_key
 from comfyfleet.control.records import ApiKey, KeyLimits
 from comfyfleet.control.store.base import Store
 from comfyfleet.ids import Ids
-from comfyfleet.web import JsonResponse
+from comfyfleet.web import JsonResponse, finite
 from comfyfleet.wire.errors import InvalidArguments, NotFound
 
 
@@ -110,8 +110,8 @@ def router(account: Account, keyring: Keyring, store: Store, caller: Caller, clo
     async def show_usage(request: Request) -> JsonResponse:
         principal = await caller.principal(request)
         principal.demand(READ)
-        since = _epoch(request.query_params.get("since"), clock.now() - 30 * 86_400)
-        until = _epoch(request.query_params.get("until"), clock.now())
+        since = _epoch(request, "since", clock.now() - 30 * 86_400)
+        until = _epoch(request, "until", clock.now())
         scope = None if principal.sees_all else principal.scope
         return JsonResponse(
             {"since": since, "until": until, "usage": await store.usage(since=since, until=until, scope=scope)}
@@ -141,10 +141,9 @@ def router(account: Account, keyring: Keyring, store: Store, caller: Caller, clo
     return routes
 
 
-def _epoch(text: str | None, default: float) -> float:
-    if text is None:
-        return default
-    try:
-        return float(text)
-    except ValueError as error:
-        raise InvalidArguments("since and until are seconds since the epoch", field="since") from error
+def _epoch(request: Request, name: str, default: float) -> float:
+    text = request.query_params.get(name)
+    at = default if text is None else finite(text)
+    if at is None:
+        raise InvalidArguments(f"{name} is seconds since the epoch", field=name)
+    return at

@@ -14,7 +14,7 @@ from comfyfleet.control.auth import READ
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.fleet.base import FleetProvider
 from comfyfleet.control.workers import Workers
-from comfyfleet.web import NOT_JSON, JsonResponse
+from comfyfleet.web import NOT_JSON, JsonResponse, whole_number
 from comfyfleet.wire.errors import InvalidArguments, NotFound
 
 
@@ -66,8 +66,8 @@ def router(*, provider: FleetProvider | None, workers: Workers, catalog: Catalog
 
     async def show_instance(request: Request) -> JsonResponse:
         principal = await caller.principal(request)
-        text = request.path_params["worker_id"]
-        worker = workers.get(int(text)) if text.isascii() and text.isdigit() else None
+        worker_id = whole_number(request.path_params["worker_id"])
+        worker = None if worker_id is None else workers.get(worker_id)
         if worker is None or not principal.may(READ, worker.endpoint_id):
             raise NotFound("there is no such worker", field="id")
         return JsonResponse({"success": True, "instances": market.instance(worker)})
