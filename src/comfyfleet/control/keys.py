@@ -122,6 +122,11 @@ class Keyring:
         """
         return self.endpoint_key(endpoint) if principal.may(MANAGE, endpoint.id) else own_key
 
+    def opens(self, endpoint_id: int) -> bool:
+        """Whether there is a living endpoint of that id, for a key to be bound to."""
+        endpoint = self._catalog.endpoint(endpoint_id)
+        return endpoint is not None and endpoint.deleted_at is None
+
     def limits(self, scope: str) -> KeyLimits:
         """What the key with that scope may use; a scope without a made key has no limits, and weight 1."""
         key = self._by_scope.get(scope)

@@ -107,3 +107,100 @@ async def test_a_worker_whose_number_cannot_be_is_not_there(api, number):
 async def test_a_field_that_is_missing_is_named(api):
     assert await api.refusal("POST", "/v1/jobs", {"input": {}}) == (400, "endpoint")
     assert await api.refusal("POST", "/v1/jobs", {"endpoint": "a", "input": 1}) == (400, "input")
+
+
+# --- keys that are bound to endpoints --------------------------------------------------------------------------------
+
+
+async def test_a_key_for_one_endpoint_is_refused_what_is_the_whole_accounts(api):
+    own = await api.endpoint("own")
+    await api("PUT", "/v1/env/X", {"value": "as it was", "is_secret": False})
+    key = await api.key("manage", "read", endpoint_ids=(own,))
+
+    for method, path, body in (
+        ("GET", "/v1/env", None),
+        ("PUT", "/v1/env/X", {"value": "given to everybody's workers"}),
+        ("DELETE", "/v1/env/X", None),
+        ("POST", "/api/v0/endptjobs/", {"endpoint_name": "b"}),
+        ("GET", "/api/v0/template/", None),
+        ("POST", "/api/v0/template/", {"name": "t"}),
+        ("DELETE", "/api/v0/template/", {"hash_id": "local"}),
+        ("POST", "/api/v0/bundles/", {}),
+        ("PUT", "/api/v0/search/asks/", {}),
+        ("POST", "/api/v0/sign_cert/?address=10.0.0.1", None),
+        ("GET", "/v1/fleet/nodes", None),
+        ("GET", "/v1/fleet/workers", None),
+        ("GET", "/v1/fleet/events", None),
+        ("GET", "/metrics", None),
+    ):
+        status, answer = await api(method, path, body, key=key)
+        assert status == 403, path
+        assert "for some endpoints only" in answer["msg"]
+    assert (await api("GET", "/v1/env"))[1]["variables"][0]["value"] == "as it was"
+    assert (await api("PUT", f"/api/v0/endptjobs/{own}/", {"max_workers": 3}, key=key))[0] == 200
+
+
+async def test_a_key_for_one_endpoint_cannot_tell_another_from_none(api):
+    own, _other = await api.endpoint("own"), await api.endpoint("other")
+    key = await api.key("manage", "read", "jobs", endpoint_ids=(own,))
+
+    for method, path, body in (
+        ("GET", "/v1/jobs?endpoint={name}", None),
+        ("GET", "/api/v0/endptjobs/{id}/", None),
+        ("PUT", "/api/v0/endptjobs/{id}/", "{}"),
+        ("DELETE", "/api/v0/endptjobs/{id}/", None),
+        ("GET", "/v1/endpoints/{id}/decisions", None),
+        ("POST", "/v1/workers", '{"endpoint": "{name}"}'),
+    ):
+        asked = []
+        for name, endpoint_id in (("other", "2"), ("never", "9")):
+            filled, sent = (text and text.replace("{name}", name).replace("{id}", endpoint_id) for text in (path, body))
+            status, answer = await api(method, filled, sent and json.loads(sent), key=key)
+            asked.append((status, answer["error"], answer["msg"].replace(name, "it")))
+        assert asked[0] == asked[1]
+        assert asked[0][0] == 404, path
+    assert (await api("GET", "/v1/jobs?endpoint=own", key=key))[0] == 200
+
+
+async def test_a_key_that_is_not_what_was_meant_is_not_made(api):
+    own = await api.endpoint("own")
+    gone = await api.endpoint("gone")
+    await api("DELETE", f"/api/v0/endptjobs/{gone}/")
+
+    for body, field in (
+        ({"scopes": ["admin"], "endpoint_ids": [own]}, "endpoint_ids"),
+        ({"endpoint_ids": [own, 99]}, "endpoint_ids"),
+        ({"endpoint_ids": [gone]}, "endpoint_ids"),
+        ({"limits": {"requsts_per_s": 1}}, "limits.requsts_per_s"),
+        ({"limits": {"requests_per_s": -1}}, "limits.requests_per_s"),
+        ({"limits": {"burst": -0.5}}, "limits.burst"),
+        ({"limits": {"max_waiting_jobs": -1}}, "limits.max_waiting_jobs"),
+        ({"limits": {"gpu_seconds_per_day": -1}}, "limits.gpu_seconds_per_day"),
+        ({"limits": {"weight": 0}}, "limits.weight"),
+        ({"limits": {"weight": 1e300}}, "limits.weight"),
+    ):
+        assert await api.refusal("POST", "/v1/keys", body) == (400, field), body
+    assert (await api("GET", "/v1/keys"))[1]["keys"] == []
+    assert (await api("POST", "/v1/keys", {"endpoint_ids": [own], "limits": {"weight": 0.5}}))[0] == 200
+
+
+# --- the account's variables -----------------------------------------------------------------------------------------
+
+
+async def test_a_variable_is_measured_as_a_process_is_given_it(api):
+    assert (await api("PUT", "/v1/env/FITS", {"value": "x" * 65_536}))[0] == 200
+    status, answer = await api("PUT", "/v1/env/EMOJI", {"value": "😀" * 40_000})
+
+    assert (status, answer["details"]["field"]) == (400, "value")
+    assert "EMOJI has 160000 bytes" in answer["msg"]
+
+
+async def test_all_variables_together_fit_into_a_process(api):
+    statuses = [(await api("PUT", f"/v1/env/V{number}", {"value": "x" * 65_536}))[0] for number in range(15)]
+    status, answer = await api("PUT", "/v1/env/LAST", {"value": "x" * 65_536})
+
+    assert set(statuses) == {200}
+    assert (status, answer["details"]["field"]) == (400, "value")
+    assert "with LAST" in answer["msg"]
+    assert (await api("PUT", "/v1/env/V0", {"value": "smaller"}))[0] == 200
+    assert (await api("PUT", "/v1/env/LAST", {"value": "x" * 65_000}))[0] == 200

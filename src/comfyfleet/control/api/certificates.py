@@ -53,7 +53,7 @@ def router(authority: CertificateAuthority, keyring: Keyring, workers: Workers, 
                 return here
         except Unauthorized:
             pass
-        keyring.principal(key).demand(MANAGE)
+        keyring.principal(key).demand_account_wide(MANAGE)
         address = request.query_params.get("address", "")
         if not address or len(address) > 253:
             raise InvalidArguments("`address` is needed: an IP address or a host name", field="address")

@@ -116,7 +116,7 @@ def router(
         return JsonResponse({"status": "ok", **about})
 
     async def show_metrics(request: Request) -> Response:
-        (await caller.principal(request)).demand(READ)
+        (await caller.principal(request)).demand_account_wide(READ)
         return Response(await metrics.render(), media_type="text/plain; version=0.0.4")
 
     add(routes, ["POST"], ["/get_endpoint_workers/"], get_endpoint_workers, summary="Live workers", body=WorkersBody)
