@@ -5,12 +5,43 @@ A wrong argument is refused by click, naming the option.
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
+from typing import Any
 
 import click
 
+_IDENTIFIER = re.compile(r"[0-9A-Za-z_-]{1,128}")
+
+
+class FiniteRange(click.FloatRange):
+    """A float in a range. Neither nan nor inf: JSON has none, so it would be sent as what was not given."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return number
+
+
+class Identifier(click.types.StringParamType):
+    """What may stand in an address as the id or the name of one thing; `..` and `/` would lead to another."""
+
+    name = "id"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not _IDENTIFIER.fullmatch(value):
+            self.fail(f"{value!r} has other characters than letters, digits, - and _, or none", param, ctx)
+        return str(value)
+
+
 PORT = click.IntRange(0, 65535)
+COUNT = click.IntRange(0)
+FINITE = FiniteRange()
+AMOUNT = FiniteRange(min=0)
+OVER_ZERO = FiniteRange(min=0, min_open=True)
+IDENTIFIER = Identifier()
 
 
 def known_device(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
