@@ -14,7 +14,7 @@ import msgspec
 from comfyfleet.client.discovery import find_control_plane
 from comfyfleet.client.stream import TransportFailure
 from comfyfleet.client.transport import Transport, control_plane_error
-from comfyfleet.wire.errors import Unauthorized, Unavailable
+from comfyfleet.wire.errors import BadRequest, Unauthorized, Unavailable
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -30,7 +30,10 @@ class Asking:
 
     def __call__(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The answer's JSON. Raises the FleetError that the control plane raised, or Unavailable."""
-        return anyio.run(self._ask, method, path, body)
+        try:
+            return anyio.run(self._ask, method, path, body)
+        except UnicodeEncodeError as error:
+            raise BadRequest(f"an argument is not UTF-8 text: {error.object!r}") from error
 
     async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
         transport = Transport(connection_limit=2, ca_url=f"{self._found.url}/static/jvastai_root.cer")

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from comfyfleet.cli.asking import printable
 from comfyfleet.cli.main import command
-from comfyfleet.wire.errors import Unauthorized
+from comfyfleet.wire.errors import BadRequest, Unauthorized
 
 NOWHERE = ("--url", "http://127.0.0.1:1", "--api-key", "k")
 
@@ -119,6 +119,12 @@ def test_a_key_that_no_header_can_carry_is_refused(key) -> None:
     result = CliRunner().invoke(command, ["key", "list", "--url", "http://127.0.0.1:1", "--api-key", key])
 
     assert isinstance(result.exception, Unauthorized)
+
+
+def test_an_argument_that_is_no_text_is_refused() -> None:
+    result = CliRunner().invoke(command, ["endpoint", "create", "\udcff", *NOWHERE])
+
+    assert isinstance(result.exception, BadRequest)
 
 
 def test_what_others_stored_does_not_command_the_terminal(asked) -> None:
