@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from comfyfleet.cli.values import OVER_ZERO
+from comfyfleet.cli.values import NumberRange
 from comfyfleet.control.scaling import ScalePolicy
 from comfyfleet.control.simulator.files import FleetFile, read_endpoint, read_fleet
 from comfyfleet.control.simulator.simulation import Simulation
@@ -23,10 +23,20 @@ COLUMNS = ("policy", "requests", "wait p50", "p95", "p99", "GPU-s", "busy", "swa
 @click.option("--endpoint", type=click.Path(path_type=Path, exists=True), help="TOML: the endpoint's parameters.")
 @click.option("--workers", type=click.Path(path_type=Path, exists=True), help="TOML: kinds of GPU ([[gpu]] tables).")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write everything there, decisions included.")
-@click.option("--fixed", type=int, multiple=True, help="Baseline: a fixed fleet of so many workers (repeatable).")
-@click.option("--concurrency", type=OVER_ZERO, multiple=True, help="Baseline: Knative-style target (repeatable).")
+@click.option(
+    "--fixed",
+    type=click.IntRange(0, 10_000),
+    multiple=True,
+    help="Baseline: a fixed fleet of so many workers (repeatable).",
+)
+@click.option(
+    "--concurrency",
+    type=NumberRange(0.01, 10_000),
+    multiple=True,
+    help="Baseline: Knative-style target (repeatable).",
+)
 @click.option("--no-baselines", is_flag=True, help="Only ours.")
-@click.option("--tick", type=OVER_ZERO, default=1.0, show_default=True, help="Seconds between decisions.")
+@click.option("--tick", type=NumberRange(0.1, 3600), default=1.0, show_default=True, help="Seconds between decisions.")
 @click.option("--generate", type=click.Choice(sorted(GENERATORS)), help="Write such a trace to TRACE first.")
 def command(
     trace: Path,

@@ -15,8 +15,8 @@ import click
 _IDENTIFIER = re.compile(r"[0-9A-Za-z_-]{1,128}")
 
 
-class FiniteRange(click.FloatRange):
-    """A float in a range. Neither nan nor inf: JSON has none, so it would be sent as what was not given."""
+class NumberRange(click.FloatRange):
+    """A finite float in a range. click's own lets NaN through, and JSON says of it, as of inf, that none was given."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
@@ -38,9 +38,9 @@ class Identifier(click.types.StringParamType):
 
 PORT = click.IntRange(0, 65535)
 COUNT = click.IntRange(0)
-FINITE = FiniteRange()
-AMOUNT = FiniteRange(min=0)
-OVER_ZERO = FiniteRange(min=0, min_open=True)
+FINITE = NumberRange()
+AMOUNT = NumberRange(min=0)
+OVER_ZERO = NumberRange(min=0, min_open=True)
 IDENTIFIER = Identifier()
 
 

@@ -20,6 +20,7 @@ class FairShare:
     def __init__(self) -> None:
         self._times: dict[str, float] = {}
         self._level = 0.0  # the virtual time at which the last turn began
+        self._full_at = KEPT_SCOPES  # so many accounts are looked through for those that say nothing any more
 
     def next(self, waiting: Collection[str]) -> str | None:
         """The scope whose turn it is; None if nobody waits. Ties go by name, so a replay decides alike."""
@@ -39,5 +40,7 @@ class FairShare:
         began = max(self._times.get(scope, self._level), self._level)
         self._level = began
         self._times[scope] = began + work / (weight if weight > 0 else 1.0)
-        if len(self._times) > KEPT_SCOPES:
+        if len(self._times) > self._full_at:
             self._times = {scope: time for scope, time in self._times.items() if time > self._level}
+            # Where all still say something, not at every turn.
+            self._full_at = max(KEPT_SCOPES, 2 * len(self._times))

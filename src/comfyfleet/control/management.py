@@ -12,6 +12,7 @@ import msgspec
 
 from comfyfleet.clock import Clock
 from comfyfleet.control.auth import MANAGE, READ, Principal
+from comfyfleet.control.bounds import check_bounds
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.jobs import content_digest
 from comfyfleet.control.logbook import Logbook
@@ -23,28 +24,6 @@ from comfyfleet.wire.errors import InvalidArguments, NotFound
 Kind = TypeVar("Kind", Endpoint, Workergroup, Template)
 
 MAX_NAME = 255
-# field -> (lowest, highest); both allowed.
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "cold_workers": (0, 10_000),
-    "max_workers": (0, 10_000),
-    "min_load": (0, 1e12),
-    "min_cold_load": (0, 1e12),
-    "target_util": (0.01, 1.0),
-    "cold_mult": (0, 1_000),
-    "max_queue_time": (0, 86_400),
-    "target_queue_time": (0, 86_400),
-    "inactivity_timeout": (-1e9, 1e9),
-    "gpu_ram": (0, 100_000),
-    "test_workers": (0, 1_000),
-}
-
-
-def check_bounds(values: dict[str, Any]) -> None:
-    """Raises InvalidArguments naming the first field out of its range."""
-    for name, (lowest, highest) in _BOUNDS.items():
-        value = values.get(name)
-        if value is not None and not lowest <= value <= highest:
-            raise InvalidArguments(f"{name} must be from {lowest:g} to {highest:g}, not {value:g}", field=name)
 
 
 def check_name(name: str) -> None:

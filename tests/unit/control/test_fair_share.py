@@ -59,3 +59,13 @@ def test_whoever_keeps_waiting_is_served_within_a_bounded_number_of_turns(turns)
         for other in "abcd":
             since[other] = since[other] + 1 if other in waiting and other != scope else 0
         assert max(since.values()) <= 6
+
+
+def test_tens_of_thousands_of_scopes_are_kept_apart_without_a_look_at_all_of_them_at_every_turn():
+    share = FairShare()
+
+    # Looked through at every turn this takes a minute.
+    for number in range(30_000):
+        share.served(f"key{number}", 2.0 if number % 2 else 1.0)
+
+    assert share.next({"key20001", "key20002", "key20003"}) == "key20002"

@@ -77,7 +77,7 @@ def test_nobody_starves_and_nobody_is_served_twice(gaps, work):
     arrivals, now = [], 0.0
     for number, gap in enumerate(gaps):
         now += gap
-        arrivals.append(Arrival(now, work[number], f"m{number % 3}"))
+        arrivals.append(Arrival(now, work[number], f"m{number % 3}", f"key{number % 4}"))
 
     run = play(arrivals)
 
@@ -85,6 +85,40 @@ def test_nobody_starves_and_nobody_is_served_twice(gaps, work):
     assert run.workers_created <= POLICY.max_workers
     # Nobody waits longer than a start plus everybody's work and swaps on one machine.
     assert run.wait_s["max"] <= 61.0 + sum(a.work_s for a in arrivals) / 2.0 + 5.0 * len(arrivals) + 1.0
+
+
+def test_a_light_tenant_is_not_starved_by_a_heavy_one():
+    heavy = [Arrival(100.0, 6.0, "wan", "heavy") for _ in range(400)]
+    light = [Arrival(200.0 + number * 40.0, 6.0, "wan", "light") for number in range(10)]
+    arrivals = sorted([*heavy, *light])
+
+    run = play(arrivals, FixedFleet(2))
+    one_line = play([arrival._replace(tenant="all") for arrival in arrivals], FixedFleet(2))
+
+    assert (run.tenants["heavy"].requests, run.tenants["light"].requests, run.unserved) == (400, 10, 0)
+    # What a worker has booked already (max_queue_time) comes first, and one job that the turn may have gone to.
+    assert run.tenants["light"].wait_s["max"] <= POLICY.max_queue_time + 2 * 3.0 + 1.0
+    assert run.tenants["heavy"].wait_s["max"] == pytest.approx(600.0, rel=0.15)
+    assert one_line.wait_s["mean"] == pytest.approx(run.wait_s["mean"], rel=0.05)
+    assert one_line.tenants == {}
+
+
+def test_two_tenants_that_wait_get_the_same_gpu_time_not_the_same_number_of_jobs():
+    long = [Arrival(0.0, 20.0, "", "long") for _ in range(30)]
+    short = [Arrival(0.0, 2.0, "", "short") for _ in range(300)]
+
+    run = play([*long, *short], FixedFleet(2))
+
+    # 600 load units each: both lines end when everything ends.
+    assert run.tenants["long"].wait_s["max"] == pytest.approx(run.tenants["short"].wait_s["max"], rel=0.1)
+
+
+def test_one_tenant_by_whatever_name_is_one_plain_line():
+    arrivals = list(GENERATORS["bursty"](hours=0.5))
+
+    assert play([arrival._replace(tenant="") for arrival in arrivals]) == play(
+        [arrival._replace(tenant="key1") for arrival in arrivals]
+    )
 
 
 def test_the_command_reads_its_files_and_writes_the_decisions(tmp_path):

@@ -9,7 +9,7 @@ from comfyfleet.control.scaling import WorkerFacts
 from comfyfleet.control.simulator.files import GpuKind
 from comfyfleet.control.worker_states import ACTIVE, WorkerState
 
-Job = tuple[int, float, float, str]  # number, arrival time, work at score 1.0, model
+Job = tuple[int, float, float, str, str]  # number, arrival time, work at score 1.0, model, tenant
 
 
 class Machine:

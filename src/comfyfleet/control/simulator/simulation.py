@@ -1,25 +1,27 @@
 """The simulation: an event heap over arrivals, ends of jobs, ends of starts, and the autoscaler's ticks.
 
-One endpoint, one first-in-first-out line, the same `router.choose`, the same `DemandMeter`, the same `decide`. No
-asyncio and no clock: virtual time is a number.
+One endpoint, the same `FairShare` between tenants, the same `router.choose`, `DemandMeter` and `decide`. No asyncio and
+no clock: virtual time is a number. It counts from the first arrival's second, whatever the trace counts from, so a
+trace that is moved by whole seconds is the same trace; only what an `Outcome` tells is in the trace's time.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from array import array
-from collections import deque
+from collections import defaultdict
 from collections.abc import Iterable
-from itertools import islice
 
 import msgspec
 
 from comfyfleet.control import breaker
 from comfyfleet.control.demand import Demand, DemandMeter
 from comfyfleet.control.load import WorkerLoad
-from comfyfleet.control.router import LOOKAHEAD, Want, choose, may_overtake
+from comfyfleet.control.router import Want, choose, may_overtake
 from comfyfleet.control.scaling import Action, GroupFacts, Memory, ScalePolicy, ScalingInputs, Verb
 from comfyfleet.control.simulator.files import FleetFile
+from comfyfleet.control.simulator.line import WaitingLine
 from comfyfleet.control.simulator.machines import Job, Machine
 from comfyfleet.control.simulator.strategies import Strategy
 from comfyfleet.control.simulator.trace import Arrival
@@ -39,9 +41,13 @@ class SimulatedDecision(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outcome(msgspec.Struct, kw_only=True):
-    """Raw results: seconds of waiting and of latency per request, and what the machines cost."""
+    """Raw results: seconds of waiting and of latency per request, and what the machines cost.
+
+    waits, waits_of: of those whose work began; waits_of has them by tenant.
+    """
 
     waits: array[float]
+    waits_of: defaultdict[str, array[float]]
     latencies: array[float]
     machines: list[Machine]
     decisions: list[SimulatedDecision]
@@ -73,15 +79,21 @@ class Simulation:
         self._machines: dict[int, Machine] = {}
         self._gone: list[Machine] = []
         self._loads: dict[int, WorkerLoad] = {}
-        self._line: deque[Job] = deque()
-        self._line_work = 0.0
+        self._line = WaitingLine()
         self._bypassed: dict[int, int] = {}
         self._events: list[tuple[float, int, int, int, int]] = []
         self._order = 0
         self._models: dict[str, frozenset[str]] = {}
         self._count = 0
+        self._began_at = 0.0
         self.outcome = Outcome(
-            waits=array("d"), latencies=array("d"), machines=[], decisions=[], until_s=0.0, left_waiting=0
+            waits=array("d"),
+            waits_of=defaultdict(lambda: array("d")),
+            latencies=array("d"),
+            machines=[],
+            decisions=[],
+            until_s=0.0,
+            left_waiting=0,
         )
 
     def run(self, arrivals: Iterable[Arrival], *, until_s: float | None = None) -> Outcome:
@@ -89,20 +101,22 @@ class Simulation:
         next_tick = 0.0
         now = 0.0
         for arrival in arrivals:
-            next_tick = self._advance(arrival.t_s, next_tick)
-            now = arrival.t_s
-            self._arrive(arrival)
-        end = float("inf") if until_s is None else until_s
+            if not self._count:
+                self._began_at = float(math.floor(arrival.t_s))
+            now = arrival.t_s - self._began_at
+            next_tick = self._advance(now, next_tick)
+            self._arrive(arrival, now)
+        end = float("inf") if until_s is None else until_s - self._began_at
         # What is still in the system is brought to an end, ticking on; a fleet that cannot serve it gives up.
         give_up = now + 24 * 3600.0
-        while (self._line or self._busy()) and next_tick <= min(end, give_up):
+        while (self._line.count or self._busy()) and next_tick <= min(end, give_up):
             now = next_tick
             next_tick = self._advance(next_tick, next_tick)
         for machine in self._machines.values():
             machine.account(now)
         self.outcome.machines = [*self._machines.values(), *self._gone]
-        self.outcome.until_s = now
-        self.outcome.left_waiting = len(self._line)
+        self.outcome.until_s = self._began_at + now
+        self.outcome.left_waiting = self._line.count
         return self.outcome
 
     def _advance(self, until: float, next_tick: float) -> float:
@@ -122,40 +136,55 @@ class Simulation:
     def _busy(self) -> bool:
         return any(machine.job is not None for machine in self._machines.values())
 
-    def _arrive(self, arrival: Arrival) -> None:
-        now = arrival.t_s
+    def _arrive(self, arrival: Arrival, now: float) -> None:
         self._count += 1
         self._meter.arrived(arrival.work_s, now)
-        job = (self._count, now, arrival.work_s, arrival.model)
-        if self._line or not self._place(job, now):
-            self._line.append(job)
-            self._line_work += arrival.work_s
+        job = (self._count, now, arrival.work_s, arrival.model, arrival.tenant)
+        chosen = None if self._line.count else self._choose(job, now)
+        if chosen is None:
+            self._line.add(job)
+        else:
+            self._start(chosen, job, now)
 
-    def _place(self, job: Job, now: float) -> bool:
-        """Give the job, or one behind it that needs no model loaded there, to the worker the router chooses."""
+    def _serve(self, now: float) -> None:
+        """Give those that wait, in turn, to workers, as long as there is room."""
+        line = self._line
+        while line.count:
+            job = line.front()
+            chosen = self._choose(job, now)
+            if chosen is None:
+                return
+            job = self._overtaken(job, chosen)
+            line.take(job)
+            self._start(chosen, job, now)
+
+    def _choose(self, job: Job, now: float) -> int | None:
+        """The worker that the router chooses, which then comes last among equals."""
         want = Want(job[2], self._wanted(job[3]))
         chosen = choose(self._loads.items(), want, max_queue_time=self._policy.max_queue_time, now=now)
         if not isinstance(chosen, int):
-            return False
-        # The one just chosen comes last among equals.
-        load = self._loads[chosen] = self._loads.pop(chosen)
-        if self._line and may_overtake(self._bypassed.get(job[0], 0), want, load):
-            behind = islice(enumerate(self._line), 1, LOOKAHEAD)
-            place = next((at for at, other in behind if load.is_warm(self._wanted(other[3]))), None)
-            if place is not None:
+            return None
+        self._loads[chosen] = self._loads.pop(chosen)
+        return chosen
+
+    def _overtaken(self, job: Job, worker_id: int) -> Job:
+        """The job, or one behind it that needs no model loaded there."""
+        load = self._loads[worker_id]
+        if not may_overtake(self._bypassed.get(job[0], 0), Want(job[2], self._wanted(job[3])), load):
+            return job
+        for other in self._line.behind(job):
+            if load.is_warm(self._wanted(other[3])):
                 self._bypassed[job[0]] = self._bypassed.get(job[0], 0) + 1
-                overtaker = self._line[place]
-                del self._line[place]
-                self._line_work -= overtaker[2]
-                self._start(chosen, overtaker, now)
-                return self._place(job, now)
-        self._bypassed.pop(job[0], None)
-        self._start(chosen, job, now)
-        return True
+                return other
+        return job
 
     def _start(self, worker_id: int, job: Job, now: float) -> None:
         machine = self._machines[worker_id]
+        self._bypassed.pop(job[0], None)
         began = machine.give(job, self._wanted(job[3]), now)
+        booking = machine.load.booking(job[0])
+        assert booking is not None  # noqa: S101
+        self._line.share.served(job[4], booking.work / machine.load.score)
         if began is not None:
             self._began(machine, began)
 
@@ -171,6 +200,7 @@ class Simulation:
         assert machine.job is not None  # noqa: S101
         arrived = machine.job[1]
         self.outcome.waits.append(at - arrived)
+        self.outcome.waits_of[machine.job[4]].append(at - arrived)
         self.outcome.latencies.append(machine.busy_until - arrived)
         self._push(machine.busy_until, _END_JOB, machine)
 
@@ -195,19 +225,15 @@ class Simulation:
                 self._release(machine, now)
         self._serve(now)
 
-    def _serve(self, now: float) -> None:
-        while self._line and self._place(self._line[0], now):
-            self._line_work -= self._line.popleft()[2]
-
     def _tick(self, now: float) -> None:
         self._serve(now)
         inputs = ScalingInputs(
             policy=self._policy,
             groups=(GroupFacts(id=1, perf=self._fleet.gpu[0].score),),
             demand=Demand(
-                waiting=len(self._line),
-                waiting_cost=max(0.0, self._line_work) if self._line else 0.0,
-                oldest_wait_s=now - self._line[0][1] if self._line else 0.0,
+                waiting=self._line.count,
+                waiting_cost=max(0.0, self._line.work) if self._line.count else 0.0,
+                oldest_wait_s=now - self._line.oldest_at(now),
                 rates=self._meter.rates(now),
             ),
             workers=tuple(machine.facts(now) for machine in self._machines.values()),
@@ -218,7 +244,8 @@ class Simulation:
         planned = self._strategy.plan(inputs)
         self._memory = planned.memory
         if planned.actions and len(self.outcome.decisions) < self._keeps:
-            decision = SimulatedDecision(t_s=now, sentence=planned.sentence, actions=planned.actions)
+            t_s = self._began_at + now
+            decision = SimulatedDecision(t_s=t_s, sentence=planned.sentence, actions=planned.actions)
             self.outcome.decisions.append(decision)
         for action in planned.actions:
             self._act(action, now)

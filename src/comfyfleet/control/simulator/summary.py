@@ -5,7 +5,7 @@ bound that nobody can beat.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -16,8 +16,18 @@ from comfyfleet.control.simulator.trace import Arrival
 PERCENTILES = (50, 90, 95, 99)
 
 
+class TenantSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One tenant's share of a run."""
+
+    requests: int
+    wait_s: dict[str, float]
+
+
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """wait_s: arrival to the beginning of work; latency_s: to its end. gpu_s: busy, swap, idle, booting, total."""
+    """wait_s: arrival to the beginning of work; latency_s: to its end. gpu_s: busy, swap, idle, booting, total.
+
+    requests: those whose work began. tenants: by name, where the trace has more than one.
+    """
 
     name: str
     requests: int
@@ -28,6 +38,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     swaps: int
     cost: float
     workers_created: int
+    tenants: dict[str, TenantSummary] = {}
     decisions: tuple[SimulatedDecision, ...] = ()
 
 
@@ -58,8 +69,16 @@ def summarise(name: str, outcome: Outcome, *, with_decisions: bool = False) -> S
         swaps=sum(machine.swaps for machine in outcome.machines),
         cost=cost,
         workers_created=len(outcome.machines),
+        tenants=_by_tenant(outcome.waits_of) if len(outcome.waits_of) > 1 else {},
         decisions=tuple(outcome.decisions) if with_decisions else (),
     )
+
+
+def _by_tenant(waits_of: Mapping[str, Sequence[float]]) -> dict[str, TenantSummary]:
+    return {
+        tenant: TenantSummary(requests=len(waits), wait_s=percentiles(waits))
+        for tenant, waits in sorted(waits_of.items())
+    }
 
 
 def clairvoyant(arrivals: Iterable[Arrival], fleet: FleetFile) -> Summary:

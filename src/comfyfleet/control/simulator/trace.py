@@ -16,6 +16,8 @@ from comfyfleet.ids import SeededIds
 from comfyfleet.wire.errors import BadRequest
 
 COLUMNS = ("t_s", "work_s", "model", "tenant")
+# A decision is made each second, so a wrong unit or two kinds of clock in one file would take days to play.
+MAX_GAP_S = 30 * 86_400.0
 
 
 class Arrival(NamedTuple):
@@ -28,27 +30,58 @@ class Arrival(NamedTuple):
 
 
 def read_trace(path: Path) -> Iterator[Arrival]:
-    """Arrivals of a CSV file, one by one. Raises BadRequest naming line and column."""
-    with path.open(newline="", encoding="utf-8") as file:
+    """Arrivals of a CSV file, one by one; a byte order mark, as Excel writes it, is fine.
+
+    Times count from anywhere: a day's beginning, the epoch, before zero. Raises BadRequest naming line and column.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.reader(file)
-        header = tuple(name.strip() for name in next(rows, []))
-        if missing := [name for name in ("t_s", "work_s") if name not in header]:
-            raise BadRequest(f"{path}: the column {missing[0]} is missing; there must be {', '.join(COLUMNS)}")
-        at = {name: header.index(name) for name in COLUMNS if name in header}
-        before = -math.inf
-        for number, row in enumerate(rows, start=2):
-            if not row:
-                continue
+        try:
+            at = _columns(next(rows, []))
+            before = -math.inf
+            for row in rows:
+                if row:
+                    arrival = _arrival(row, at, before)
+                    before = arrival.t_s
+                    yield arrival
+        except UnicodeDecodeError as error:
+            raise BadRequest(f"{path}, line {_undecodable_line(path)}: this is not UTF-8") from error
+        except (ValueError, csv.Error) as error:
+            raise BadRequest(f"{path}, line {max(1, rows.line_num)}: {error}") from error
+
+
+def _columns(header: list[str]) -> dict[str, int]:
+    """Where each known column is. Raises ValueError."""
+    names = [name.strip() for name in header]
+    if missing := [name for name in ("t_s", "work_s") if name not in names]:
+        raise ValueError(f"the column {missing[0]} is missing; there must be {', '.join(COLUMNS)}")
+    return {name: names.index(name) for name in COLUMNS if name in names}
+
+
+def _arrival(row: list[str], at: dict[str, int], before: float) -> Arrival:
+    """before: the time of the one before. Raises ValueError."""
+    try:
+        t_s, work_s = float(row[at["t_s"]]), float(row[at["work_s"]])
+    except (ValueError, IndexError) as error:
+        raise ValueError("t_s and work_s must be numbers") from error
+    if not (math.isfinite(t_s) and math.isfinite(work_s)) or work_s < 0 or t_s < before:
+        raise ValueError("times must not go back, work must not be negative, and both must be finite")
+    if t_s - before > MAX_GAP_S and before > -math.inf:
+        raise ValueError(f"nothing arrives for {(t_s - before) / 86_400:.0f} days before this: t_s is in seconds")
+    model = row[at["model"]] if "model" in at and len(row) > at["model"] else ""
+    tenant = row[at["tenant"]] if "tenant" in at and len(row) > at["tenant"] else ""
+    return Arrival(t_s, work_s, model, tenant)
+
+
+def _undecodable_line(path: Path) -> int:
+    """The decoder reads ahead in blocks and cannot tell."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
             try:
-                t_s, work_s = float(row[at["t_s"]]), float(row[at["work_s"]])
-            except (ValueError, IndexError) as error:
-                raise BadRequest(f"{path}, line {number}: t_s and work_s must be numbers") from error
-            if not (math.isfinite(t_s) and math.isfinite(work_s)) or work_s < 0 or t_s < before:
-                raise BadRequest(f"{path}, line {number}: times must not go back, and work must not be negative")
-            before = t_s
-            model = row[at["model"]] if "model" in at and len(row) > at["model"] else ""
-            tenant = row[at["tenant"]] if "tenant" in at and len(row) > at["tenant"] else ""
-            yield Arrival(t_s, work_s, model, tenant)
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 0
 
 
 def write_trace(path: Path, arrivals: Iterable[Arrival]) -> int:
