@@ -14,12 +14,12 @@ import msgspec
 
 from comfyfleet.wire.jobs import JobStatus
 
+_JOB_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 # One step of priority is worth this much waiting: so a low job overtakes newer high ones in the end.
 AGEING_S = 600.0
 MAX_PRIORITY = 100
 # A job that took this many workers down with it is stopped.
 POISON_AFTER_WORKERS = 3
-_JOB_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
