@@ -18,6 +18,9 @@ from comfyfleet.wire.errors import FleetError
 # What msgspec raises for bytes that are no JSON. JSON of another shape, its ValidationError, is one of them too.
 NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
+# A database's 64 bits hold any 18 digits, and not every 19; Python refuses to read thousands, and loudly.
+_MOST_DIGITS = 18
+
 _encoder = msgspec.json.Encoder()
 
 
@@ -28,6 +31,21 @@ class JsonResponse(Response):
 
     def render(self, content: Any) -> bytes:
         return _encoder.encode(content)
+
+
+def whole_number(text: str) -> int | None:
+    """A number as it is written in an address or a header, None for anything else; `²` is a digit to Python alone."""
+    is_one = text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
+    return int(text) if is_one else None
+
+
+def finite(text: str) -> float | None:
+    """A number with or without a fraction as it is written in an address; None for anything else, nan and inf too."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def bearer_key(request: Request) -> str:

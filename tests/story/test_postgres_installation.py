@@ -62,3 +62,16 @@ def test_a_killed_control_plane_and_a_restarted_database_lose_no_job(installatio
     listed = {job["id"]: job["status"] for job in plane.call("GET", "/v1/jobs?limit=100")[1]["jobs"]}
     assert listed == dict.fromkeys(accepted, "queued")
     assert plane.process.poll() is None
+
+
+def test_ids_and_places_that_cannot_be_are_refused_as_over_sqlite(installation):
+    plane = installation.plane
+    plane.call("POST", "/api/v0/endptjobs/", {"endpoint_name": "comfy", "cold_workers": 0})
+    job = {"endpoint": "comfy", "input": {"workflow_json": a_graph(0)}}
+    assert plane.call("POST", "/v1/jobs", job)[0] == 202
+
+    assert plane.call("GET", "/v1/jobs/%00")[0] == 404
+    assert plane.call("POST", "/v1/jobs/%00/cancel")[0] == 404
+    for place in ("1,%00", "nan,x", "inf,x"):
+        status, body = plane.call("GET", f"/v1/jobs?before={place}")
+        assert (status, body["details"]["field"]) == (400, "before")

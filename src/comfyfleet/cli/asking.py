@@ -14,7 +14,7 @@ import msgspec
 from comfyfleet.client.discovery import find_control_plane
 from comfyfleet.client.stream import TransportFailure
 from comfyfleet.client.transport import Transport, control_plane_error
-from comfyfleet.wire.errors import Unavailable
+from comfyfleet.wire.errors import BadRequest, Unauthorized, Unavailable
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -24,11 +24,16 @@ class Asking:
 
     def __init__(self, url: str | None, api_key: str | None, *, is_raw: bool) -> None:
         self._found = find_control_plane(url=url, api_key=api_key)
+        if not (self._found.api_key.isascii() and self._found.api_key.isprintable()):
+            raise Unauthorized("the API key is not one line of printable ASCII", reason="bad_key")
         self.is_raw = is_raw
 
     def __call__(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The answer's JSON. Raises the FleetError that the control plane raised, or Unavailable."""
-        return anyio.run(self._ask, method, path, body)
+        try:
+            return anyio.run(self._ask, method, path, body)
+        except UnicodeEncodeError as error:
+            raise BadRequest(f"an argument is not UTF-8 text: {error.object!r}") from error
 
     async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
         transport = Transport(connection_limit=2, ca_url=f"{self._found.url}/static/jvastai_root.cer")
@@ -74,6 +79,11 @@ def show_table(rows: Iterable[Mapping[str, Any]], columns: tuple[str, ...]) -> N
         click.echo("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
 
 
+def printable(text: str) -> str:
+    """Text as one line for a terminal: what others stored may hold characters that command it, or turn lines about."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 def show(value: Any) -> None:
     """JSON, indented."""
     click.echo(msgspec.json.format(msgspec.json.encode(value)).decode())
@@ -85,5 +95,5 @@ def _text(name: str, value: Any) -> str:
     if (name == "at" or name.endswith("_at")) and isinstance(value, int | float):
         return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S")
     if isinstance(value, list | tuple):
-        return ",".join(str(item) for item in value) or "all"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return printable(",".join(str(item) for item in value)) or "all"
+    return f"{value:g}" if isinstance(value, float) else printable(str(value))

@@ -10,6 +10,7 @@ import anyio
 import click
 
 from comfyfleet import logs
+from comfyfleet.cli.values import AMOUNT
 from comfyfleet.clock import SystemClock
 from comfyfleet.gpu import gpu_name
 from comfyfleet.provision.template import find_template
@@ -26,7 +27,7 @@ from comfyfleet.worker.agent.measuring import Measured, measure
 @click.option(
     "--limit",
     "limit_s",
-    type=click.FloatRange(min=0),
+    type=AMOUNT,
     default=600.0,
     show_default=True,
     help="Seconds for the measured rounds.",

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from comfyfleet.cli.asking import Asking, asking, show, show_table
+from comfyfleet.cli.asking import Asking, asking, printable, show, show_table
+from comfyfleet.cli.values import AMOUNT, COUNT, FINITE
 
 _COLUMNS = (
     "id",
@@ -23,15 +24,15 @@ _COLUMNS = (
 def settings(command: Any) -> Any:
     """The options that `create` and `update` share."""
     for name, kind in (
-        ("cold-workers", int),
-        ("max-workers", int),
-        ("min-load", float),
-        ("min-cold-load", float),
-        ("target-util", float),
-        ("cold-mult", float),
-        ("max-queue-time", float),
-        ("target-queue-time", float),
-        ("inactivity-timeout", float),
+        ("cold-workers", COUNT),
+        ("max-workers", COUNT),
+        ("min-load", AMOUNT),
+        ("min-cold-load", AMOUNT),
+        ("target-util", AMOUNT),
+        ("cold-mult", AMOUNT),
+        ("max-queue-time", AMOUNT),
+        ("target-queue-time", AMOUNT),
+        ("inactivity-timeout", FINITE),  # below 0: never to zero
     ):
         command = click.option(f"--{name}", type=kind)(command)
     return command
@@ -101,16 +102,17 @@ def list_workers(ask: Asking, name: str) -> None:
 @command.command("logs")
 @click.argument("name")
 @click.option("--level", type=click.Choice(["info0", "info1", "trace", "debug"]), default="info1", show_default=True)
-@click.option("--tail", type=int, default=100, show_default=True)
+@click.option("--tail", type=COUNT, default=100, show_default=True)
 @asking
 def show_logs(ask: Asking, name: str, level: str, tail: int) -> None:
     """What happened to it, and why."""
-    click.echo(ask("POST", "/get_endpoint_logs/", {"id": endpoint_id(ask, name), "tail": tail})[level], nl=False)
+    text = ask("POST", "/get_endpoint_logs/", {"id": endpoint_id(ask, name), "tail": tail})[level]
+    click.echo("\n".join(map(printable, text.split("\n"))), nl=False)
 
 
 @command.command("decisions")
 @click.argument("name")
-@click.option("--limit", type=int, default=20, show_default=True)
+@click.option("--limit", type=COUNT, default=20, show_default=True)
 @asking
 def list_decisions(ask: Asking, name: str, limit: int) -> None:
     """Why it scaled as it did, newest first."""

@@ -8,6 +8,7 @@ from urllib.parse import quote
 import click
 
 from comfyfleet.cli.asking import Asking, asking, show, show_table
+from comfyfleet.cli.values import IDENTIFIER
 
 
 @click.group()
@@ -36,8 +37,7 @@ def set_variables(ask: Asking, assignments: tuple[str, ...], plain: bool) -> Non
     """Set NAME=VALUE, one or more. A NAME alone reads its value from standard input: no shell history keeps it."""
     for assignment in assignments:
         name, has_value, value = assignment.partition("=")
-        if not name:
-            raise click.UsageError(f"{assignment!r} names no variable")
+        IDENTIFIER.convert(name, None, None)
         if not has_value:
             value = sys.stdin.readline().rstrip("\n")
         ask("PUT", f"/v1/env/{quote(name, safe='')}", {"value": value, "is_secret": not plain})
@@ -45,7 +45,7 @@ def set_variables(ask: Asking, assignments: tuple[str, ...], plain: bool) -> Non
 
 
 @command.command("unset")
-@click.argument("names", nargs=-1, required=True)
+@click.argument("names", nargs=-1, required=True, type=IDENTIFIER)
 @asking
 def unset_variables(ask: Asking, names: tuple[str, ...]) -> None:
     """Forget variables."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from comfyfleet.cli.asking import Asking, asking, show, show_table
+from comfyfleet.cli.asking import Asking, asking, printable, show, show_table
 
 
 @click.group()
@@ -52,4 +52,4 @@ def _print(ask: Asking, answer: dict[str, Any], name: str, columns: tuple[str, .
             row["happened_at"] = row["at"]
     show_table(rows, tuple("happened_at" if column == "at" else column for column in columns))
     if trouble := answer.get("trouble"):
-        click.echo(f"nothing new starts: {trouble}")
+        click.echo(f"nothing new starts: {printable(trouble)}")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import click
 import msgspec
 
-from comfyfleet.cli.asking import Asking, asking, show, show_table
+from comfyfleet.cli.asking import Asking, asking, printable, show, show_table
+from comfyfleet.cli.values import COUNT, IDENTIFIER, OVER_ZERO
+from comfyfleet.control.jobs import MAX_PRIORITY
 
 _POLL_S = 0.5
+_PRIORITY = click.IntRange(-MAX_PRIORITY, MAX_PRIORITY)
 _FINAL = ("completed", "failed", "cancelled")
 
 
@@ -23,8 +27,14 @@ def command() -> None:
 @command.command("submit")
 @click.argument("workflow", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--endpoint", default="comfyui-json", show_default=True)
-@click.option("--priority", type=int, default=0, show_default=True, help="Higher goes first; waiting raises it.")
-@click.option("--deadline-s", type=float, help="Give up after so many seconds.")
+@click.option(
+    "--priority",
+    type=_PRIORITY,
+    default=0,
+    show_default=True,
+    help="Higher goes first; waiting raises it.",
+)
+@click.option("--deadline-s", type=OVER_ZERO, help="Give up after so many seconds.")
 @click.option("--webhook", help="Where to tell the end.")
 @click.option("--idempotency-key", help="The same key again is the same job.")
 @click.option("--wait", is_flag=True, help="Follow it to its end.")
@@ -42,7 +52,7 @@ def submit_job(
     """Submit a workflow in API format."""
     try:
         graph = msgspec.json.decode(workflow.read_bytes())
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise click.UsageError(f"{workflow} is not JSON: {error}") from error
     body: dict[str, Any] = {"endpoint": endpoint, "input": {"workflow_json": graph}, "priority": priority}
     if deadline_s is not None:
@@ -61,26 +71,27 @@ def submit_job(
 @command.command("list")
 @click.option("--status")
 @click.option("--endpoint")
-@click.option("--limit", type=int, default=20, show_default=True)
+@click.option("--limit", type=COUNT, default=20, show_default=True)
 @asking
 def list_jobs(ask: Asking, status: str | None, endpoint: str | None, limit: int) -> None:
     """Newest first."""
-    query = f"?limit={limit}" + (f"&status={status}" if status else "") + (f"&endpoint={endpoint}" if endpoint else "")
-    rows = ask("GET", f"/v1/jobs{query}")["jobs"]
+    asked = {"limit": str(limit), "status": status, "endpoint": endpoint}
+    query = urlencode({name: text for name, text in asked.items() if text is not None}, errors="surrogateescape")
+    rows = ask("GET", f"/v1/jobs?{query}")["jobs"]
     columns = ("id", "endpoint", "status", "priority", "created_at", "finished_at", "attempts", "worker_id")
     show(rows) if ask.is_raw else show_table(rows, columns)
 
 
 @command.command("show")
-@click.argument("job_id")
+@click.argument("job_id", type=IDENTIFIER)
 @asking
 def show_job(ask: Asking, job_id: str) -> None:
     """One job, whole."""
-    show(ask("GET", f"/v1/jobs/{job_id}"))
+    show(ask("GET", _path(job_id)))
 
 
 @command.command("wait")
-@click.argument("job_id")
+@click.argument("job_id", type=IDENTIFIER)
 @asking
 def wait_for_job(ask: Asking, job_id: str) -> None:
     """Follow a job to its end; exit code 1 unless it completed."""
@@ -88,19 +99,23 @@ def wait_for_job(ask: Asking, job_id: str) -> None:
 
 
 @command.command("cancel")
-@click.argument("job_id")
+@click.argument("job_id", type=IDENTIFIER)
 @asking
 def cancel_job(ask: Asking, job_id: str) -> None:
     """Cancel it, waiting or running."""
-    job = ask("POST", f"/v1/jobs/{job_id}/cancel")
+    job = ask("POST", f"{_path(job_id)}/cancel")
     click.echo(job["status"] if job["status"] in _FINAL else f"{job['status']}; its worker is told")
+
+
+def _path(job_id: str) -> str:
+    return f"/v1/jobs/{quote(job_id, safe='')}"
 
 
 def _until_final(ask: Asking, job_id: str) -> None:
     said = ""
     while True:
-        job = ask("GET", f"/v1/jobs/{job_id}")
-        now = job["status"] + (f": {job['waiting']['reason']}" if job.get("waiting") else "")
+        job = ask("GET", _path(job_id))
+        now = printable(job["status"] + (f": {job['waiting']['reason']}" if job.get("waiting") else ""))
         if now != said and not ask.is_raw:
             click.echo(now, err=True)
             said = now
@@ -113,5 +128,5 @@ def _until_final(ask: Asking, job_id: str) -> None:
         for output in (job["result"] or {}).get("output", []):
             click.echo(output.get("url") or output.get("local_path"))
         if job["error"]:
-            click.echo(job["error"].get("message", ""), err=True)
+            click.echo(printable(job["error"].get("message", "")), err=True)
     raise SystemExit(0 if job["status"] == "completed" else 1)

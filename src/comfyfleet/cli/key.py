@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 import click
 
 from comfyfleet.cli.asking import Asking, asking, show, show_table
+from comfyfleet.cli.values import AMOUNT, COUNT, IDENTIFIER, OVER_ZERO
 
 
 @click.group()
@@ -24,11 +27,11 @@ def list_keys(ask: Asking) -> None:
 @click.argument("name")
 @click.option("--scope", "scopes", multiple=True, default=("read", "route", "jobs"), show_default=True)
 @click.option("--endpoint", "endpoints", multiple=True, help="Only this endpoint, by name; may be repeated.")
-@click.option("--expires-in-days", type=float, help="Until when it works.")
-@click.option("--requests-per-s", type=float, default=0.0, help="Rate limit; 0 is none.")
-@click.option("--max-waiting-jobs", type=int, default=0)
-@click.option("--gpu-seconds-per-day", type=float, default=0.0)
-@click.option("--weight", type=float, default=1.0, help="Its part where keys share a fleet.")
+@click.option("--expires-in-days", type=OVER_ZERO, help="Until when it works.")
+@click.option("--requests-per-s", type=AMOUNT, default=0.0, help="Rate limit; 0 is none.")
+@click.option("--max-waiting-jobs", type=COUNT, default=0)
+@click.option("--gpu-seconds-per-day", type=AMOUNT, default=0.0)
+@click.option("--weight", type=OVER_ZERO, default=1.0, help="Its part where keys share a fleet.")
 @asking
 def create_key(
     ask: Asking,
@@ -65,9 +68,9 @@ def create_key(
 
 
 @command.command("revoke")
-@click.argument("key_id")
+@click.argument("key_id", type=IDENTIFIER)
 @asking
 def revoke_key(ask: Asking, key_id: str) -> None:
     """End a key at once."""
-    ask("DELETE", f"/v1/keys/{key_id}")
+    ask("DELETE", f"/v1/keys/{quote(key_id, safe='')}")
     click.echo(f"key {key_id} is revoked")

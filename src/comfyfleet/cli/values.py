@@ -12,17 +12,36 @@ from typing import Any
 
 import click
 
-PORT = click.IntRange(0, 65535)
+_IDENTIFIER = re.compile(r"[0-9A-Za-z_-]{1,128}")
 
 
 class NumberRange(click.FloatRange):
-    """From min to max, both allowed. click's own range lets NaN through, which is neither below nor above."""
+    """A finite float in a range. click's own lets NaN through, and JSON says of it, as of inf, that none was given."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        number = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail(f"{value} is no number", param, ctx)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number", param, ctx)
         return number
+
+
+class Identifier(click.types.StringParamType):
+    """What may stand in an address as the id or the name of one thing; `..` and `/` would lead to another."""
+
+    name = "id"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not _IDENTIFIER.fullmatch(value):
+            self.fail(f"{value!r} has other characters than letters, digits, - and _, or none", param, ctx)
+        return str(value)
+
+
+PORT = click.IntRange(0, 65535)
+COUNT = click.IntRange(0)
+FINITE = NumberRange()
+AMOUNT = NumberRange(min=0)
+OVER_ZERO = NumberRange(min=0, min_open=True)
+IDENTIFIER = Identifier()
 
 
 def known_device(_context: click.Context, _parameter: click.Parameter, value: str) -> str:

@@ -7,6 +7,7 @@ import click
 from comfyfleet.cli.asking import Asking, asking, show, show_table
 from comfyfleet.cli.endpoint import endpoint_id
 from comfyfleet.cli.template import own_template
+from comfyfleet.cli.values import AMOUNT, COUNT
 
 
 @click.group()
@@ -27,7 +28,7 @@ def list_workergroups(ask: Asking) -> None:
 @click.argument("endpoint")
 @click.option("--template", default="local", show_default=True, help="Name, hash, or a TOML file.")
 @click.option("--search-params", default="", help='Hardware, for example "gpu_ram>=24 num_gpus=1".')
-@click.option("--gpu-ram", type=float, help="GB that a new worker may have to download.")
+@click.option("--gpu-ram", type=AMOUNT, help="GB that a new worker may have to download.")
 @asking
 def create_workergroup(ask: Asking, endpoint: str, template: str, search_params: str, gpu_ram: float | None) -> None:
     """Let an endpoint recruit workers of a template."""
@@ -47,7 +48,7 @@ def create_workergroup(ask: Asking, endpoint: str, template: str, search_params:
 
 
 @command.command("delete")
-@click.argument("workergroup_id", type=int)
+@click.argument("workergroup_id", type=COUNT)
 @asking
 def delete_workergroup(ask: Asking, workergroup_id: int) -> None:
     """Delete it; its workers drain and go."""
@@ -55,7 +56,7 @@ def delete_workergroup(ask: Asking, workergroup_id: int) -> None:
 
 
 @command.command("update-workers")
-@click.argument("workergroup_id", type=int)
+@click.argument("workergroup_id", type=COUNT)
 @click.option("--cancel", is_flag=True, help="Call a running update off.")
 @asking
 def update_workers(ask: Asking, workergroup_id: int, cancel: bool) -> None:

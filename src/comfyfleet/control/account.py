@@ -22,7 +22,10 @@ from comfyfleet.settings.storage import PLACE_OF_S3, S3Settings, s3_of_environme
 from comfyfleet.wire.errors import InvalidArguments, NotFound
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
-MAX_VALUE = 65_536
+# As a process's environment is measured. Linux takes 128 KiB for one variable, and 2 MiB for all of them with the
+# arguments: what is over starts no worker at all, and a template's own variables need their part.
+MAX_VALUE_BYTES = 65_536
+MAX_BYTES = 1_048_576
 # What makes a worker this worker, and what would run foreign code in it: never an account's or a template's to say.
 _RESERVED = frozenset(
     {"CONTAINER_ID", "REPORT_ADDR", "MASTER_TOKEN", "WORKER_PORT", "PUBLIC_IPADDR", "PATH", "LD_PRELOAD", "PYTHONPATH"}
@@ -32,6 +35,17 @@ _RESERVED_PREFIXES = ("COMFYFLEET_", "VAST_TCP_PORT_", "LD_")
 
 def is_reserved(name: str) -> bool:
     return name in _RESERVED or name.startswith(_RESERVED_PREFIXES)
+
+
+def check_value(name: str, value: str, after: Mapping[str, str]) -> None:
+    """Raises InvalidArguments for a value that no process can be given. after: what all the variables would be."""
+    size = len(value.encode())
+    if size > MAX_VALUE_BYTES or "\0" in value:
+        raise InvalidArguments(f"{name} has {size} bytes: at most {MAX_VALUE_BYTES}, and no NUL", field="value")
+    if (total := sum(len(f"{one}={text}".encode()) + 1 for one, text in after.items())) > MAX_BYTES:
+        raise InvalidArguments(
+            f"with {name} the account's variables would have {total} bytes: at most {MAX_BYTES} in all", field="value"
+        )
 
 
 class Account:
@@ -62,8 +76,7 @@ class Account:
         """Raises InvalidArguments for a name that is none, or is not the account's to set."""
         if not NAME.fullmatch(name) or is_reserved(name):
             raise InvalidArguments(f"{name!r} cannot be an account variable", field="name")
-        if len(value) > MAX_VALUE or "\0" in value:
-            raise InvalidArguments(f"a value has at most {MAX_VALUE} characters and no NUL", field="value")
+        check_value(name, value, {**self.environment(), name: value})
         variable = AccountVariable(
             name=name,
             sealed=self._vault.seal(value, f"variable {name}"),

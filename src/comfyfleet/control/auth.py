@@ -41,6 +41,12 @@ class Principal:
         if not self.may(right, endpoint_id):
             raise NotFound("no such endpoint", endpoint_id=endpoint_id)
 
+    def demand_account_wide(self, right: str) -> None:
+        """For what belongs to no endpoint, or to all. Raises Forbidden, also for a key that is bound to some."""
+        self.demand(right)
+        if self.endpoint_ids:
+            raise Forbidden("this key is for some endpoints only, and that is the whole account's", scope=right)
+
     @property
     def sees_all(self) -> bool:
-        return ADMIN in self.scopes
+        return ADMIN in self.scopes and not self.endpoint_ids

@@ -7,12 +7,14 @@ and put back only into the copy that a worker gets. `rank` orders waiting jobs o
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
 
 import msgspec
 
 from comfyfleet.wire.jobs import JobStatus
 
+_JOB_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 # One step of priority is worth this much waiting: so a low job overtakes newer high ones in the end.
 AGEING_S = 600.0
 MAX_PRIORITY = 100
@@ -127,6 +129,11 @@ class JobFilter(msgspec.Struct, frozen=True, kw_only=True):
     status: JobStatus | None = None
     before: tuple[float, str] | None = None
     limit: int = 50
+
+
+def is_job_id(text: str) -> bool:
+    """Whether a job could have that id. Others are none of the database's business, which may choke on them (NUL)."""
+    return _JOB_ID.fullmatch(text) is not None
 
 
 def rank(created_at: float, priority: int) -> float:

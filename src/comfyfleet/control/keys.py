@@ -20,12 +20,12 @@ from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.records import ApiKey, Endpoint, KeyLimits
 from comfyfleet.ids import Ids
 from comfyfleet.sealing import Sealer
+from comfyfleet.web import whole_number
 from comfyfleet.wire.errors import Unauthorized
 
 ADMIN_PREFIX = "cfa_"
 KEY_PREFIX = "cfk_"
 ENDPOINT_PREFIX = "cfe_"
-_MOST_ID_DIGITS = 18  # Python refuses to read numbers of thousands of digits, and loudly
 
 
 def digest(key: str) -> str:
@@ -122,6 +122,11 @@ class Keyring:
         """
         return self.endpoint_key(endpoint) if principal.may(MANAGE, endpoint.id) else own_key
 
+    def opens(self, endpoint_id: int) -> bool:
+        """Whether there is a living endpoint of that id, for a key to be bound to."""
+        endpoint = self._catalog.endpoint(endpoint_id)
+        return endpoint is not None and endpoint.deleted_at is None
+
     def limits(self, scope: str) -> KeyLimits:
         """What the key with that scope may use; a scope without a made key has no limits, and weight 1."""
         key = self._by_scope.get(scope)
@@ -147,8 +152,8 @@ class Keyring:
 
     def _endpoint_principal(self, key: str) -> Principal:
         number, _, _ = key.removeprefix(ENDPOINT_PREFIX).partition("_")
-        is_id = number.isascii() and number.isdigit() and len(number) <= _MOST_ID_DIGITS
-        endpoint = self._catalog.endpoint(int(number)) if is_id else None
+        endpoint_id = whole_number(number)
+        endpoint = None if endpoint_id is None else self._catalog.endpoint(endpoint_id)
         if endpoint is None or not hmac.compare_digest(self.endpoint_key(endpoint).encode(), key.encode()):
             raise Unauthorized("this endpoint key is not valid")
         return Principal(

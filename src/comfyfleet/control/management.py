@@ -72,7 +72,7 @@ class Management:
 
     async def create_endpoint(self, principal: Principal, given: dict[str, Any]) -> Endpoint:
         """given: what the caller set, without nulls. Raises InvalidArguments, also for a name that is taken."""
-        principal.demand(MANAGE)
+        principal.demand_account_wide(MANAGE)
         check_name(given.get("endpoint_name", ""))
         check_bounds(given)
         endpoint = _converted(
@@ -225,12 +225,12 @@ class Management:
     # --- templates ---------------------------------------------------------------------------------------------------
 
     def templates(self, principal: Principal) -> list[Template]:
-        principal.demand(READ)
+        principal.demand_account_wide(READ)
         return self._catalog.templates()
 
     async def create_template(self, principal: Principal, given: dict[str, Any]) -> Template:
         """A template; the same content again is the same template."""
-        principal.demand(MANAGE)
+        principal.demand_account_wide(MANAGE)
         hash_id = content_digest(given)[:32]
         if (known := self._catalog.template(hash_id)) is not None:
             return known
@@ -247,7 +247,7 @@ class Management:
 
     async def delete_template(self, principal: Principal, template_id: int | None, hash_id: str) -> Template:
         """Raises InvalidArguments while a workergroup uses it."""
-        principal.demand(MANAGE)
+        principal.demand_account_wide(MANAGE)
         template = self._template({"template_id": template_id, "template_hash": hash_id})
         users = [group.id for group in self._catalog.workergroups() if group.template_hash == template.hash_id]
         if users:

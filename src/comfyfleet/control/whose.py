@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from comfyfleet.control.catalog import Catalog
+from comfyfleet.control.jobs import Job, is_job_id
 from comfyfleet.control.ownership import LEASE_S
 from comfyfleet.control.records import WorkerRow
 from comfyfleet.control.store.base import Store
@@ -182,13 +183,17 @@ class Whose:
         group = None if body is None else self._catalog.workergroup(body.workergroup_id)
         return None if group is None else group.endpoint_id
 
+    async def _job(self, asked: Asked) -> Job | None:
+        job_id = asked.scope["path"].split("/")[3]
+        return await self._store.job(job_id) if is_job_id(job_id) else None
+
     async def _by_job(self, asked: Asked) -> int | None:
-        job = await self._store.job(asked.scope["path"].split("/")[3])
+        job = await self._job(asked)
         return None if job is None or job.is_final else job.endpoint_id
 
     async def _by_waiting_job(self, asked: Asked) -> int | None:
         """Only its owner knows why a job waits; of any other the database knows all."""
-        job = await self._store.job(asked.scope["path"].split("/")[3])
+        job = await self._job(asked)
         return None if job is None or job.status is not JobStatus.QUEUED else job.endpoint_id
 
     def _named(self, endpoint: str | int) -> int | None:

@@ -117,3 +117,15 @@ def test_a_listing_never_shows_a_key_with_more_rights_than_the_callers_own(ring,
     assert ring.shown_key(endpoint, ring.principal("cfa_admin"), "cfa_admin") == ring.endpoint_key(endpoint)
     own = ring.endpoint_key(endpoint)
     assert ring.shown_key(endpoint, ring.principal(own), own) == own
+
+
+def test_a_key_of_before_that_is_an_admins_and_bound_is_no_longer_everybodys(ring):
+    ring.put(a_key(scopes=("admin",), endpoint_ids=(1,)))
+    principal = ring.principal(SECRET)
+
+    principal.demand("manage", 1)
+    assert principal.sees_all is False
+    with pytest.raises(NotFound):
+        principal.demand("manage", 2)
+    with pytest.raises(Forbidden, match="for some endpoints only"):
+        principal.demand_account_wide("admin")

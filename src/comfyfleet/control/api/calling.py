@@ -5,6 +5,7 @@ The real clients put the key into any of the three places and send JSON bodies e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -18,10 +19,11 @@ from starlette.responses import Response
 from comfyfleet.control.auth import Principal
 from comfyfleet.control.keys import Keyring
 from comfyfleet.control.store.connection import ConnectionLost
-from comfyfleet.web import NOT_JSON, JsonResponse, bearer_key, control_error
+from comfyfleet.web import NOT_JSON, JsonResponse, bearer_key, control_error, whole_number
 from comfyfleet.wire.errors import BadRequest, FleetError, InvalidArguments, PayloadTooLarge, Unavailable
 
 T = TypeVar("T")
+_NAMED = re.compile(r"(?:unknown|missing required) field `([^`]+)`")
 MAX_BODY_BYTES = 32 * 1024 * 1024
 
 log = structlog.get_logger()
@@ -46,7 +48,9 @@ def parse(raw: bytes, kind: type[T]) -> T:
         return msgspec.json.decode(raw or b"{}", type=kind, strict=True)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
-        raise InvalidArguments(str(error), field=path.strip("`.") or None, reason=message) from error
+        # Of a field that is missing, or that there is none of, msgspec's path says only where it would be.
+        place = (path.strip("`."), *_NAMED.findall(message))
+        raise InvalidArguments(str(error), field=".".join(filter(None, place)) or None, reason=message) from error
     except NOT_JSON as error:
         raise BadRequest("the body is not valid JSON") from error
 
@@ -85,6 +89,14 @@ class Caller:
         raw = await read_body(request)
         principal = self._keyring.principal(key_of(request, raw))
         return principal, parse(raw, kind)
+
+
+def query_number(request: Request, name: str, default: int, *, lowest: int, highest: int) -> int:
+    """A number of the query. Raises InvalidArguments naming it."""
+    number = whole_number(request.query_params.get(name, str(default)))
+    if number is None or not lowest <= number <= highest:
+        raise InvalidArguments(f"{name} must be from {lowest} to {highest}", field=name)
+    return number
 
 
 def given(body: msgspec.Struct) -> dict[str, Any]:

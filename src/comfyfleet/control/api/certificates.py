@@ -19,7 +19,7 @@ from comfyfleet.control.records import WorkerRow
 from comfyfleet.control.store.base import Store
 from comfyfleet.control.worker import Worker
 from comfyfleet.control.workers import Workers, check_token
-from comfyfleet.web import bearer_key
+from comfyfleet.web import bearer_key, whole_number
 from comfyfleet.wire.errors import InvalidArguments, Unauthorized
 
 MAX_REQUEST_BYTES = 16_384
@@ -48,12 +48,12 @@ def router(authority: CertificateAuthority, keyring: Keyring, workers: Workers, 
         key, instance_id = bearer_key(request), request.query_params.get("instance_id", "")
         here = request.client.host if request.client is not None else ""
         try:
-            if instance_id.isascii() and instance_id.isdigit():
-                await authenticate(int(instance_id), key)
+            if (worker_id := whole_number(instance_id)) is not None:
+                await authenticate(worker_id, key)
                 return here
         except Unauthorized:
             pass
-        keyring.principal(key).demand(MANAGE)
+        keyring.principal(key).demand_account_wide(MANAGE)
         address = request.query_params.get("address", "")
         if not address or len(address) > 253:
             raise InvalidArguments("`address` is needed: an IP address or a host name", field="address")

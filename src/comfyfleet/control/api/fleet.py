@@ -5,40 +5,37 @@ from __future__ import annotations
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from comfyfleet.control.api.calling import Caller, add
+from comfyfleet.control.api.calling import Caller, add, query_number
 from comfyfleet.control.auth import READ
 from comfyfleet.control.fleet.base import FleetProvider, FleetWorker
 from comfyfleet.control.worker import Worker
 from comfyfleet.control.workers import Workers
 from comfyfleet.web import JsonResponse
-from comfyfleet.wire.errors import InvalidArguments
 
 MAX_EVENTS = 1000
 
 
 def router(*, provider: FleetProvider | None, workers: Workers, caller: Caller) -> APIRouter:
-    """The routes. They are about machines, which belong to no endpoint: a key that is bound to some sees none."""
+    """The routes. They are about machines, which belong to no endpoint: a key that is bound to some is refused."""
     routes = APIRouter(tags=["fleet"])
 
     async def list_nodes(request: Request) -> JsonResponse:
-        (await caller.principal(request)).demand(READ)
+        (await caller.principal(request)).demand_account_wide(READ)
         nodes = list(await provider.nodes()) if provider is not None else []
         return JsonResponse({"nodes": nodes, "trouble": provider.trouble if provider is not None else ""})
 
     async def list_fleet_workers(request: Request) -> JsonResponse:
-        (await caller.principal(request)).demand(READ)
+        (await caller.principal(request)).demand_account_wide(READ)
         present = {found.id: found for found in await provider.list()} if provider is not None else {}
         known = {worker.id: worker for worker in workers.all()}
         rows = [_row(number, known.get(number), present.get(number)) for number in sorted({*known, *present})]
         return JsonResponse({"workers": rows, "trouble": provider.trouble if provider is not None else ""})
 
     async def list_events(request: Request) -> JsonResponse:
-        (await caller.principal(request)).demand(READ)
-        text = request.query_params.get("limit", "100")
-        if not text.isdigit() or not 0 < int(text) <= MAX_EVENTS:
-            raise InvalidArguments(f"limit must be from 1 to {MAX_EVENTS}", field="limit")
+        (await caller.principal(request)).demand_account_wide(READ)
+        limit = query_number(request, "limit", 100, lowest=1, highest=MAX_EVENTS)
         events = provider.events() if provider is not None else ()
-        return JsonResponse({"events": list(events[-int(text) :])})
+        return JsonResponse({"events": list(events[-limit:])})
 
     add(routes, ["GET"], ["/v1/fleet/nodes"], list_nodes, summary="Machines, and why nothing new starts if so")
     add(routes, ["GET"], ["/v1/fleet/workers"], list_fleet_workers, summary="Workers, by machine")

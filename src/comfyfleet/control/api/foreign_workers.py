@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from comfyfleet.control.api.calling import read_body
+from comfyfleet.control.api.calling import query_number, read_body
 from comfyfleet.control.auth import MANAGE, READ
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.fleet.base import FleetProvider
@@ -20,7 +20,7 @@ from comfyfleet.control.lifecycle import Lifecycle
 from comfyfleet.control.scaling import Action, Verb
 from comfyfleet.control.worker import Worker
 from comfyfleet.control.workers import Workers
-from comfyfleet.web import NOT_JSON, JsonResponse, bearer_key, control_error
+from comfyfleet.web import NOT_JSON, JsonResponse, bearer_key, control_error, whole_number
 from comfyfleet.wire.errors import BadRequest, FleetError, NotFound
 
 MAX_TAIL = 10_000
@@ -55,8 +55,8 @@ class ForeignWorkerApi:
     def routes(self) -> list[BaseRoute]:
         return [
             Route("/v1/workers", self.register, methods=["POST"]),
-            Route("/v1/workers/{worker_id:int}", self.remove, methods=["DELETE"]),
-            Route("/v1/workers/{worker_id:int}/logs", self.logs, methods=["GET"]),
+            Route("/v1/workers/{worker_id}", self.remove, methods=["DELETE"]),
+            Route("/v1/workers/{worker_id}/logs", self.logs, methods=["GET"]),
         ]
 
     async def register(self, request: Request) -> Response:
@@ -66,15 +66,15 @@ class ForeignWorkerApi:
                 body = msgspec.json.decode(await read_body(request), type=RegisterBody)
             except NOT_JSON as error:
                 raise BadRequest(str(error)) from error
+            principal.demand(MANAGE)
             endpoint = self._catalog.endpoint_named(body.endpoint, principal.user_id)
-            if endpoint is None:
-                raise BadRequest(f"there is no endpoint named {body.endpoint!r}", field="endpoint")
-            principal.demand(MANAGE, endpoint.id)
+            if endpoint is None or not principal.may(MANAGE, endpoint.id):
+                raise NotFound(f"there is no endpoint named {body.endpoint!r}", field="endpoint")
             group = self._catalog.workergroup(body.workergroup_id)
             if body.workergroup_id and (group is None or group.endpoint_id != endpoint.id):
                 raise BadRequest("that workergroup is not this endpoint's", field="workergroup_id")
-            if body.id is not None and (body.id <= 0 or self._workers.get(body.id) is not None):
-                raise BadRequest(f"worker id {body.id} is taken or not positive", field="id")
+            if body.id is not None and (not 0 < body.id < 10**18 or self._workers.get(body.id) is not None):
+                raise BadRequest(f"worker id {body.id} is taken or not from 1 to 10^18", field="id")
             worker = await self._lifecycle.register(endpoint.id, body.workergroup_id, body.id)
         except FleetError as error:
             return control_error(error)
@@ -95,17 +95,16 @@ class ForeignWorkerApi:
     async def logs(self, request: Request) -> Response:
         try:
             worker = self._allowed(request, READ)
-            tail = request.query_params.get("tail", "1000")
-            if not tail.isascii() or not tail.isdigit() or int(tail) > MAX_TAIL:
-                raise BadRequest(f"tail must be from 0 to {MAX_TAIL}", field="tail")
-            text = await self._provider.logs(worker.id, int(tail)) if self._provider is not None else ""
+            tail = query_number(request, "tail", 1000, lowest=0, highest=MAX_TAIL)
+            text = await self._provider.logs(worker.id, tail) if self._provider is not None else ""
         except FleetError as error:
             return control_error(error)
         return PlainTextResponse(text)
 
     def _allowed(self, request: Request, right: str) -> Worker:
         principal = self._keys.principal(bearer_key(request))
-        worker = self._workers.get(int(request.path_params["worker_id"]))
+        worker_id = whole_number(request.path_params["worker_id"])
+        worker = None if worker_id is None else self._workers.get(worker_id)
         if worker is None or not principal.may(right, worker.endpoint_id):
             raise NotFound("there is no such worker")
         return worker

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from comfyfleet.control.api.calling import Caller, add
+from comfyfleet.control.api.calling import Caller, add, query_number
 from comfyfleet.control.auth import READ
 from comfyfleet.control.condition import Condition
 from comfyfleet.control.logbook import Logbook
@@ -18,10 +18,11 @@ from comfyfleet.control.metrics import Metrics
 from comfyfleet.control.store.base import Store
 from comfyfleet.control.workers import Workers
 from comfyfleet.version import __version__
-from comfyfleet.web import JsonResponse
+from comfyfleet.web import JsonResponse, whole_number
 from comfyfleet.wire.errors import InvalidArguments, NotFound
 
 MAX_TAIL = 10_000
+MAX_DECISIONS = 1000
 
 
 class WorkersBody(msgspec.Struct, kw_only=True):
@@ -86,11 +87,12 @@ def router(
         principal = await caller.principal(request)
         principal.demand(READ, endpoint_id)
         management.endpoint(principal, endpoint_id)
-        query = request.query_params
-        limit, before = query.get("limit", "100"), query.get("before_id", "")
-        if not limit.isdigit() or not 1 <= int(limit) <= 1000 or (before and not before.isdigit()):
-            raise InvalidArguments("limit must be 1 to 1000, before_id a decision's id", field="limit")
-        rows = await store.decisions(endpoint_id, limit=int(limit), before_id=int(before) if before else None)
+        limit = query_number(request, "limit", 100, lowest=1, highest=MAX_DECISIONS)
+        before = request.query_params.get("before_id")
+        before_id = whole_number(before) if before else None
+        if before and before_id is None:
+            raise InvalidArguments("before_id is a decision's id", field="before_id")
+        rows = await store.decisions(endpoint_id, limit=limit, before_id=before_id)
         return JsonResponse(
             {
                 "decisions": [
@@ -114,7 +116,7 @@ def router(
         return JsonResponse({"status": "ok", **about})
 
     async def show_metrics(request: Request) -> Response:
-        (await caller.principal(request)).demand(READ)
+        (await caller.principal(request)).demand_account_wide(READ)
         return Response(await metrics.render(), media_type="text/plain; version=0.0.4")
 
     add(routes, ["POST"], ["/get_endpoint_workers/"], get_endpoint_workers, summary="Live workers", body=WorkersBody)

@@ -15,17 +15,17 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from comfyfleet.control.admission import JobRequest
-from comfyfleet.control.api.calling import Caller, add
+from comfyfleet.control.api.calling import Caller, add, query_number
 from comfyfleet.control.api.job_events import JobEvents
 from comfyfleet.control.auth import JOBS, Principal
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.desk import Desk
 from comfyfleet.control.durable import DurablePlane
 from comfyfleet.control.fresh_links import FreshLinks
-from comfyfleet.control.jobs import Job, JobFilter
+from comfyfleet.control.jobs import Job, JobFilter, is_job_id
 from comfyfleet.control.metrics import Metrics
 from comfyfleet.control.store.base import Added, Store
-from comfyfleet.web import JsonResponse, control_error
+from comfyfleet.web import JsonResponse, control_error, finite, whole_number
 from comfyfleet.wire.errors import FleetError, InvalidArguments, NotFound
 from comfyfleet.wire.jobs import JobStatus
 
@@ -144,11 +144,11 @@ class JobApi:
 
     async def follow(self, request: Request) -> Response:
         job = await self._job(request)
-        last = request.headers.get("last-event-id") or request.query_params.get("after") or "0"
-        if not last.isascii() or not last.isdigit():
+        last = whole_number(request.headers.get("last-event-id") or request.query_params.get("after") or "0")
+        if last is None:
             raise InvalidArguments("Last-Event-ID is a number from an earlier event", field="Last-Event-ID")
         return StreamingResponse(
-            self._events.frames(job, int(last)),
+            self._events.frames(job, last),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
@@ -159,22 +159,22 @@ class JobApi:
         """The job in the path, if this caller may see it. Raises NotFound."""
         principal = await self._caller.principal(request)
         principal.demand(JOBS)
-        job = await self._store.job(request.path_params["job_id"])
+        job_id = request.path_params["job_id"]
+        job = await self._store.job(job_id) if is_job_id(job_id) else None
         if job is None or not (principal.sees_all or job.scope == principal.scope):
             raise NotFound("there is no such job of this key")
         return job
 
     def _filter(self, request: Request, principal: Principal) -> JobFilter:
         query = request.query_params
-        limit, status, before = query.get("limit", "50"), query.get("status"), query.get("before")
-        if not limit.isdigit() or not 1 <= int(limit) <= _MAX_LISTED:
-            raise InvalidArguments(f"limit must be from 1 to {_MAX_LISTED}", field="limit")
+        status, before = query.get("status"), query.get("before")
+        limit = query_number(request, "limit", 50, lowest=1, highest=_MAX_LISTED)
         if status is not None and status not in set(JobStatus):
             raise InvalidArguments(f"status is one of {', '.join(JobStatus)}", field="status")
         endpoint_id = None
         if name := query.get("endpoint"):
             endpoint = self._catalog.endpoint_named(name, principal.user_id)
-            if endpoint is None:
+            if endpoint is None or not principal.may(JOBS, endpoint.id):
                 raise NotFound(f"there is no endpoint {name!r}", field="endpoint")
             endpoint_id = endpoint.id
         return JobFilter(
@@ -182,7 +182,7 @@ class JobApi:
             endpoint_id=endpoint_id,
             status=None if status is None else JobStatus(status),
             before=_cursor(before) if before else None,
-            limit=int(limit),
+            limit=limit,
         )
 
     def _view(self, request: Request, job: Job) -> dict[str, Any]:
@@ -226,11 +226,12 @@ def _base_url(request: Request) -> str:
 
 
 def _cursor(text: str) -> tuple[float, str]:
+    """Where a page begins. What no page ever ended with is refused: databases differ in what they make of it."""
     at, _, job_id = text.partition(",")
-    try:
-        return float(at), job_id
-    except ValueError as error:
-        raise InvalidArguments("before is the `next` of an earlier page", field="before") from error
+    created_at = finite(at)
+    if created_at is None or not is_job_id(job_id):
+        raise InvalidArguments("before is the `next` of an earlier page", field="before")
+    return created_at, job_id
 
 
 def _rendered(handler: Any) -> Any:

@@ -14,7 +14,7 @@ from comfyfleet.control.auth import READ
 from comfyfleet.control.catalog import Catalog
 from comfyfleet.control.fleet.base import FleetProvider
 from comfyfleet.control.workers import Workers
-from comfyfleet.web import NOT_JSON, JsonResponse
+from comfyfleet.web import NOT_JSON, JsonResponse, whole_number
 from comfyfleet.wire.errors import InvalidArguments, NotFound
 
 
@@ -40,7 +40,7 @@ def selected(request: Request) -> dict[str, dict[str, Any]]:
 
 
 def router(*, provider: FleetProvider | None, workers: Workers, catalog: Catalog, caller: Caller) -> APIRouter:
-    """The routes. Machines belong to no endpoint: a key that is bound to some sees none."""
+    """The routes. Machines belong to no endpoint: a key that is bound to some is refused."""
     routes = APIRouter(tags=["market"])
 
     async def found(query: dict[str, Any]) -> JsonResponse:
@@ -51,23 +51,25 @@ def router(*, provider: FleetProvider | None, workers: Workers, catalog: Catalog
 
     async def search_offers(request: Request) -> JsonResponse:
         principal, query = await caller.call(request, dict[str, Any])
-        principal.demand(READ)
+        principal.demand_account_wide(READ)
         return await found(query)
 
     async def search_asks(request: Request) -> JsonResponse:
         principal, body = await caller.call(request, Asks)
-        principal.demand(READ)
+        principal.demand_account_wide(READ)
         return await found(body.q)
 
     async def search_benchmarks(request: Request) -> JsonResponse:
-        (await caller.principal(request)).demand(READ)
-        rows = market.benchmarks(workers.all(), catalog, selected(request))
+        principal = await caller.principal(request)
+        principal.demand(READ)
+        seen = [worker for worker in workers.all() if principal.may(READ, worker.endpoint_id)]
+        rows = market.benchmarks(seen, catalog, selected(request))
         return JsonResponse({"success": True, "benchmarks": rows, "benchmarks_found": len(rows), "next_token": None})
 
     async def show_instance(request: Request) -> JsonResponse:
         principal = await caller.principal(request)
-        text = request.path_params["worker_id"]
-        worker = workers.get(int(text)) if text.isascii() and text.isdigit() else None
+        worker_id = whole_number(request.path_params["worker_id"])
+        worker = None if worker_id is None else workers.get(worker_id)
         if worker is None or not principal.may(READ, worker.endpoint_id):
             raise NotFound("there is no such worker", field="id")
         return JsonResponse({"success": True, "instances": market.instance(worker)})
