@@ -21,7 +21,7 @@ from comfyfleet.control.learned_cost import LearnedCost
 from comfyfleet.control.limits import Limits
 from comfyfleet.control.promises import Promises
 from comfyfleet.control.records import Endpoint
-from comfyfleet.control.store.base import Added, Store
+from comfyfleet.control.store.base import Added, KeyTaken, Store
 from comfyfleet.fetching.fetcher import GuardedFetcher
 from comfyfleet.ids import Ids
 from comfyfleet.settings.outreach import WebhookSettings
@@ -116,11 +116,20 @@ class Admission:
         seconds = sum(self._promises.seconds(job.endpoint_id, job.cost) for job in jobs) if has_quota else 0.0
         self._limits.admit_seconds(principal, now, count=len(jobs), seconds=seconds)
         with self._limits.arriving(principal.scope, len(jobs), seconds):
-            added = await self._store.add_jobs(jobs)
-        for job, outcome in zip(jobs, added, strict=True):
-            if outcome.is_repeat and outcome.job.digest != job.digest:
-                raise IdempotencyMismatch("this idempotency key was used before with another body", id=outcome.job.id)
-        return added
+            return await self._stored(jobs)
+
+    async def _stored(self, jobs: list[Job]) -> list[Added]:
+        """Only the store can say whether a key is free: whoever asks before it stores has asked too early."""
+        digests: dict[str, str] = {}
+        for job in jobs:
+            if job.idempotency_key and digests.setdefault(job.idempotency_key, job.digest) != job.digest:
+                raise IdempotencyMismatch(f"two jobs of this batch have the idempotency key {job.idempotency_key!r}")
+        try:
+            return await self._store.add_jobs(jobs)
+        except KeyTaken as taken:
+            raise IdempotencyMismatch(
+                "this idempotency key was used before with another body", id=taken.job_id
+            ) from taken
 
     def _job(self, principal: Principal, request: JobRequest, now: float) -> Job:
         endpoint = self._endpoint(principal, request.endpoint)

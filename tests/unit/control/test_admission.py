@@ -1,0 +1,41 @@
+"""What is accepted as a durable job, over a whole control plane and a real store: all of a batch, or none of it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from comfyfleet.wire.errors import IdempotencyMismatch
+from support.admission_world import AdmissionWorld, a_request
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def world(tmp_path, clock) -> AsyncIterator[AdmissionWorld]:
+    async with AdmissionWorld(tmp_path, clock) as world:
+        yield world
+
+
+async def test_a_batch_with_one_used_key_leaves_nothing_behind(world):
+    (first,) = await world.submit(a_request(1, idempotency_key="k1"))
+
+    batch = [a_request(2, idempotency_key="fresh1"), a_request(99, idempotency_key="k1"), a_request(3)]
+    with pytest.raises(IdempotencyMismatch) as refused:
+        await world.submit(*batch)
+
+    assert refused.value.details["id"] == first.job.id
+    assert [job.id for job in await world.stored()] == [first.job.id]
+    (again,) = await world.submit(a_request(2, idempotency_key="fresh1"))
+    assert not again.is_repeat
+
+
+async def test_two_bodies_under_one_key_in_one_batch_are_refused_and_the_same_body_twice_is_one_job(world):
+    with pytest.raises(IdempotencyMismatch):
+        await world.submit(a_request(1, idempotency_key="k"), a_request(2, idempotency_key="k"))
+    assert await world.stored() == []
+
+    one, other = await world.submit(*[a_request(1, idempotency_key="k")] * 2)
+
+    assert (one.job.id, other.is_repeat) == (other.job.id, True)
