@@ -149,6 +149,17 @@ async def test_the_same_idempotency_key_stores_one_job_per_scope(store):
     assert await store.job("j2") is None
 
 
+async def test_the_jobs_of_keys_are_found_within_a_scope(store):
+    await store.add_jobs([a_job("j1", idempotency_key="k"), a_job("j2", idempotency_key="l"), a_job("j3")])
+    await store.add_jobs([a_job("j4", idempotency_key="k", scope="key:b")])
+
+    found = await store.known("key:a", ["l", "k", "m"])
+
+    assert {key: job.id for key, job in found.items()} == {"k": "j1", "l": "j2"}
+    assert (await store.known("key:b", ["k"]))["k"].id == "j4"
+    assert await store.known("key:b", ["l"]) == {}
+
+
 async def test_a_known_key_with_another_digest_stores_nothing_of_its_batch_and_all_of_the_others(store):
     await store.add_jobs([a_job("first", idempotency_key="k")])
     outcomes = {}

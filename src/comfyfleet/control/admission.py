@@ -27,7 +27,7 @@ from comfyfleet.ids import Ids
 from comfyfleet.settings.outreach import WebhookSettings
 from comfyfleet.settings.storage import S3Settings
 from comfyfleet.webhooks.receivers import check_receiver
-from comfyfleet.wire.errors import IdempotencyMismatch, InvalidArguments, NotFound, WorkflowRefused
+from comfyfleet.wire.errors import IdempotencyMismatch, InvalidArguments, NotFound, TooManyRequests, WorkflowRefused
 from comfyfleet.wire.file_inputs import file_references
 from comfyfleet.wire.generation import GenerateInput, S3Target, WebhookTarget
 from comfyfleet.wire.jobs import JobStatus
@@ -109,6 +109,19 @@ class Admission:
         if not 0 < len(requests) <= MAX_BATCH:
             raise InvalidArguments(f"a batch has 1 to {MAX_BATCH} jobs", field="jobs")
         now = self._clock.now()
+        try:
+            return await self._within_limits(principal, requests, waiting, now)
+        except TooManyRequests:
+            # Whose first answer was lost asks again, and must learn its job's id: that takes no room any more.
+            repeats = await self._repeats(principal, requests, now)
+            if not repeats:
+                raise
+            return repeats
+
+    async def _within_limits(
+        self, principal: Principal, requests: Sequence[JobRequest], waiting: int, now: float
+    ) -> list[Added]:
+        """Raises TooManyRequests before anything is stored."""
         self._limits.admit(principal, len(requests), now)
         self._limits.admit_waiting(principal, waiting, len(requests))
         jobs = [self._job(principal, request, now) for request in requests]
@@ -117,6 +130,20 @@ class Admission:
         self._limits.admit_seconds(principal, now, count=len(jobs), seconds=seconds)
         with self._limits.arriving(principal.scope, len(jobs), seconds):
             return await self._stored(jobs)
+
+    async def _repeats(self, principal: Principal, requests: Sequence[JobRequest], now: float) -> list[Added]:
+        """All of them, as they are known already; else nothing."""
+        if not all(request.idempotency_key or request.input.get("request_id") for request in requests):
+            return []
+        jobs = [self._job(principal, request, now) for request in requests]
+        known = await self._store.known(principal.scope, [job.idempotency_key or "" for job in jobs])
+        earlier = [known.get(job.idempotency_key or "") for job in jobs]
+        repeats = [
+            Added(job=stored, is_repeat=True)
+            for job, stored in zip(jobs, earlier, strict=True)
+            if stored is not None and stored.digest == job.digest
+        ]
+        return repeats if len(repeats) == len(jobs) else []
 
     async def _stored(self, jobs: list[Job]) -> list[Added]:
         """Only the store can say whether a key is free: whoever asks before it stores has asked too early."""

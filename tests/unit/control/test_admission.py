@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from comfyfleet.wire.errors import IdempotencyMismatch
+from comfyfleet.wire.errors import IdempotencyMismatch, TooManyRequests
 from support.admission_world import AdmissionWorld, a_request
 
 pytestmark = pytest.mark.anyio
@@ -39,3 +39,36 @@ async def test_two_bodies_under_one_key_in_one_batch_are_refused_and_the_same_bo
     one, other = await world.submit(*[a_request(1, idempotency_key="k")] * 2)
 
     assert (one.job.id, other.is_repeat) == (other.job.id, True)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"max_waiting_jobs": 1}, {"requests_per_s": 0.1, "burst": 1.0}, {"gpu_seconds_per_day": 10.0}],
+    ids=lambda limits: next(iter(limits)),
+)
+async def test_whose_answer_was_lost_learns_its_jobs_id_although_the_limit_is_used_up(world, limits):
+    body = a_request(1, idempotency_key="k")
+    (first,) = await world.submit(body, **limits)
+    (again,) = await world.submit(body, **limits)
+    twice = await world.submit(body, body, **limits)
+
+    assert (again.job.id, again.is_repeat) == (first.job.id, True)
+    assert [one.job.id for one in twice] == [first.job.id] * 2
+    for refused in (
+        [a_request(1)],  # no key
+        [a_request(1, idempotency_key="other")],
+        [a_request(2, idempotency_key="k")],  # another body
+        [body, a_request(2)],
+    ):
+        with pytest.raises(TooManyRequests):
+            await world.submit(*refused, **limits)
+    assert [job.id for job in await world.stored()] == [first.job.id]
+
+
+async def test_a_request_id_in_the_input_is_a_key_that_a_limit_respects(world):
+    graph = a_request(1).input["workflow_json"]
+    body = a_request(input={"workflow_json": graph, "request_id": "song-1"})
+    (first,) = await world.submit(body, max_waiting_jobs=1)
+    (again,) = await world.submit(body, max_waiting_jobs=1)
+
+    assert (again.job.id, again.is_repeat) == (first.job.id, True)

@@ -130,6 +130,10 @@ class Store(Protocol):
         """
         ...
 
+    async def known(self, scope: str, keys: Sequence[str]) -> dict[str, Job]:
+        """The jobs of a scope that have these idempotency keys, by key."""
+        ...
+
     async def job(self, job_id: str) -> Job | None: ...
 
     async def jobs(self, wanted: JobFilter) -> list[Job]:
