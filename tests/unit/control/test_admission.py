@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from comfyfleet.control.records import UsageRow
 from comfyfleet.wire.errors import IdempotencyMismatch, TooManyRequests
 from support.admission_world import AdmissionWorld, a_request
 
@@ -16,6 +17,19 @@ pytestmark = pytest.mark.anyio
 async def world(tmp_path, clock) -> AsyncIterator[AdmissionWorld]:
     async with AdmissionWorld(tmp_path, clock) as world:
         yield world
+
+
+def a_use(at: float, seconds: float) -> UsageRow:
+    return UsageRow(
+        endpoint_id=1,
+        workergroup_id=0,
+        worker_id=1,
+        scope="key:1",
+        kind="job",
+        started_at=at,
+        seconds=seconds,
+        price=0.0,
+    )
 
 
 async def test_a_batch_with_one_used_key_leaves_nothing_behind(world):
@@ -72,3 +86,30 @@ async def test_a_request_id_in_the_input_is_a_key_that_a_limit_respects(world):
     (again,) = await world.submit(body, max_waiting_jobs=1)
 
     assert (again.job.id, again.is_repeat) == (first.job.id, True)
+
+
+@pytest.mark.parametrize("limits", [{"max_waiting_jobs": 5}, {"gpu_seconds_per_day": 500.0}], ids=["jobs", "seconds"])
+async def test_jobs_that_wait_count_from_the_first_request_after_a_restart(world, limits):
+    await world.submit(*[a_request(number) for number in range(5)], **limits)
+    await world.restart()
+
+    with pytest.raises(TooManyRequests):
+        await world.submit(a_request(6), **limits)
+    assert len(await world.stored()) == 5
+
+
+async def test_a_days_gpu_seconds_count_after_a_restart_until_their_own_day_is_over(world):
+    used = [a_use(world.clock.now() + 60.0, 30.0), a_use(world.clock.now() + 7200.0, 20.0)]
+    await world.control.store.add_usage(used)
+    world.clock.jump(20 * 3600.0)
+    await world.restart()
+    with pytest.raises(TooManyRequests) as refused:
+        await world.submit(a_request(1), gpu_seconds_per_day=40.0)
+    assert refused.value.retry_after_s == pytest.approx(4 * 3600.0, abs=3600.0)
+
+    world.clock.jump(refused.value.retry_after_s)
+    await world.restart()
+
+    limits = world.control.durable.limits
+    assert limits.quota_wait_s("key:1", 40.0, world.clock.now()) == 0
+    assert limits.quota_wait_s("key:1", 20.0, world.clock.now()) > 0
