@@ -38,6 +38,7 @@ from comfyfleet.wire.workflow import parse_graph, unfit_value
 MAX_BATCH = 1000
 MAX_METADATA_BYTES = 16_384
 MAX_DEADLINE_S = 30 * 86_400.0
+_APART_S = 1e-6  # between the jobs of a batch: a double tells times of this century that far apart
 _KEY = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,254}")
 SEALED = "job secrets"
 
@@ -124,7 +125,7 @@ class Admission:
         """Raises TooManyRequests before anything is stored."""
         self._limits.admit(principal, len(requests), now)
         self._limits.admit_waiting(principal, waiting, len(requests))
-        jobs = [self._job(principal, request, now) for request in requests]
+        jobs = self._jobs(principal, requests, now)
         has_quota = principal.limits.gpu_seconds_per_day > 0
         seconds = sum(self._promises.seconds(job.endpoint_id, job.cost) for job in jobs) if has_quota else 0.0
         self._limits.admit_seconds(principal, now, count=len(jobs), seconds=seconds)
@@ -135,7 +136,7 @@ class Admission:
         """All of them, as they are known already; else nothing."""
         if not all(request.idempotency_key or request.input.get("request_id") for request in requests):
             return []
-        jobs = [self._job(principal, request, now) for request in requests]
+        jobs = self._jobs(principal, requests, now)
         known = await self._store.known(principal.scope, [job.idempotency_key or "" for job in jobs])
         earlier = [known.get(job.idempotency_key or "") for job in jobs]
         repeats = [
@@ -157,6 +158,10 @@ class Admission:
             raise IdempotencyMismatch(
                 "this idempotency key was used before with another body", id=taken.job_id
             ) from taken
+
+    def _jobs(self, principal: Principal, requests: Sequence[JobRequest], now: float) -> list[Job]:
+        """A batch's order is that of its times: of jobs that came at one time, chance has the say."""
+        return [self._job(principal, request, now + number * _APART_S) for number, request in enumerate(requests)]
 
     def _job(self, principal: Principal, request: JobRequest, now: float) -> Job:
         endpoint = self._endpoint(principal, request.endpoint)

@@ -113,3 +113,12 @@ async def test_a_days_gpu_seconds_count_after_a_restart_until_their_own_day_is_o
     limits = world.control.durable.limits
     assert limits.quota_wait_s("key:1", 40.0, world.clock.now()) == 0
     assert limits.quota_wait_s("key:1", 20.0, world.clock.now()) > 0
+
+
+async def test_a_batch_waits_and_is_listed_in_its_own_order(world):
+    accepted = [one.job for one in await world.submit(*[a_request(number) for number in range(100)])]
+
+    positions = [await world.control.store.position(job) for job in accepted]
+
+    assert positions == list(range(100))
+    assert [job.id for job in await world.stored()] == [job.id for job in reversed(accepted)]
