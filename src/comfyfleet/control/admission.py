@@ -40,6 +40,8 @@ MAX_METADATA_BYTES = 16_384
 MAX_DEADLINE_S = 30 * 86_400.0
 _APART_S = 1e-6  # between the jobs of a batch: a double tells times of this century that far apart
 _KEY = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,254}")
+# To the end of the JSON string, and so past every other address in it: the search is linear in any text.
+_AFTER_SCHEME = re.compile(r'://([^"\\]*(?:\\.[^"\\]*)*)')
 SEALED = "job secrets"
 
 
@@ -64,7 +66,7 @@ class JobSecrets(msgspec.Struct, frozen=True, kw_only=True):
 
     s3: dict[str, Any] = {}
     webhook: WebhookTarget = WebhookTarget()
-    input: str = ""  # the whole input, where it carries headers for what it names
+    input: str = ""  # the whole input, where it carries headers for what it names, or addresses with secrets
 
 
 class Admission:
@@ -178,10 +180,12 @@ class Admission:
         given.pop("webhook", None)
         key = request.idempotency_key or asked.request_id
         text = msgspec.json.encode(given).decode()
-        carries_headers = bool(given.get("credentials")) or '"headers"' in text
-        secrets = JobSecrets(s3=s3, webhook=webhook, input=text if carries_headers else "")
+        is_secret = bool(given.get("credentials")) or '"headers"' in text or has_secret_url(text)
+        if is_secret:
+            models = tuple(model for model in models if "://" not in model)
+        secrets = JobSecrets(s3=s3, webhook=webhook, input=text if is_secret else "")
         sealed = ""
-        if s3 or webhook.url or carries_headers:
+        if s3 or webhook.url or is_secret:
             sealed = self._vault.seal(msgspec.json.encode(secrets).decode(), SEALED)
         learned = self._learned.cost(endpoint.id, shape) if shape else None
         return Job(
@@ -194,7 +198,7 @@ class Admission:
             rank=rank(now, request.priority),
             created_at=now,
             not_before=0.0,
-            input="{}" if carries_headers else text,
+            input="{}" if is_secret else text,
             digest=content_digest([endpoint.id, given, s3, msgspec.structs.asdict(webhook), request.metadata]),
             deadline_at=None if request.deadline_s is None else now + request.deadline_s,
             idempotency_key=key or None,
@@ -226,6 +230,11 @@ class Admission:
         if endpoint is None or endpoint.deleted_at is not None or not principal.may(JOBS, endpoint.id):
             raise NotFound(f"there is no endpoint {wanted!r}", field="endpoint")
         return endpoint
+
+
+def has_secret_url(text: str) -> bool:
+    """Whether an address in a JSON text has what passwords and signatures stand in: `user:password@`, or a query."""
+    return "://" in text and any("@" in rest or "?" in rest for rest in _AFTER_SCHEME.findall(text))
 
 
 def _check(request: JobRequest) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 
+from comfyfleet.control.admission import SEALED, JobSecrets, has_secret_url
 from comfyfleet.control.records import UsageRow
 from comfyfleet.wire.errors import IdempotencyMismatch, TooManyRequests
 from support.admission_world import AdmissionWorld, a_request
@@ -122,3 +124,40 @@ async def test_a_batch_waits_and_is_listed_in_its_own_order(world):
 
     assert positions == list(range(100))
     assert [job.id for job in await world.stored()] == [job.id for job in reversed(accepted)]
+
+
+SECRET = "planted-SECRET-7c1f"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        f"https://user:{SECRET}@host/a.png",
+        f"HTTPS://{SECRET}@host/a.png",
+        f"s3://key:{SECRET}@host/a.png",
+        f"https://host/a.png?X-Amz-Signature={SECRET}",
+        f'https://us"er:{SECRET}@host/a.png',
+        f"see http://plain/ and https://host/m.safetensors?token={SECRET}",
+        f"https://user:{SECRET}@host/m.safetensors",
+    ],
+)
+async def test_an_address_with_a_secret_is_in_no_file_of_the_database_and_comes_to_the_worker_whole(world, address):
+    graph = a_request(1).input["workflow_json"]
+    graph["3"] = {"class_type": "Fetches", "inputs": {"source": address}}
+
+    (added,) = await world.submit(a_request(input={"workflow_json": graph}))
+
+    files = list(world.folder.glob("control.sqlite3*"))
+    assert any(added.job.id.encode() in file.read_bytes() for file in files)
+    assert not any(SECRET.encode() in file.read_bytes() for file in files)
+    opened = world.control.account.vault.open(added.job.sealed, SEALED)
+    secrets = msgspec.json.decode(opened, type=JobSecrets)
+    assert msgspec.json.decode(secrets.input)["workflow_json"] == graph
+
+
+def test_what_has_no_address_or_a_plain_one_is_stored_as_it_is():
+    assert not has_secret_url('{"a": "https://host/a.png", "text": "who @ what?", "b": "?"}')
+
+
+def test_a_text_of_nothing_but_schemes_is_searched_in_one_go():
+    assert not has_secret_url('{"a": "' + "://" * 1_000_000 + '"}')
