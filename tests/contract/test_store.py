@@ -183,6 +183,18 @@ async def test_a_known_key_with_another_digest_stores_nothing_of_its_batch_and_a
     assert (await store.add_jobs([a_job("later", idempotency_key="fresh 0")]))[0].is_repeat is False
 
 
+async def test_a_job_stored_before_terms_were_in_its_digest_has_its_repeats_still(store):
+    await store.add_jobs([a_job("old", idempotency_key="k", digest="body")])
+    await store.add_jobs([a_job("new", idempotency_key="l", digest="body.terms")])
+
+    (again,) = await store.add_jobs([a_job("j1", idempotency_key="k", digest="body.terms")])
+
+    assert (again.job.id, again.is_repeat) == ("old", True)
+    for key, digest in (("k", "other.terms"), ("l", "body.other"), ("l", "body")):
+        with pytest.raises(KeyTaken):
+            await store.add_jobs([a_job("j2", idempotency_key=key, digest=digest)])
+
+
 async def test_two_digests_under_one_key_in_one_batch_store_nothing(store):
     with pytest.raises(KeyTaken):
         await store.add_jobs([a_job("j1", idempotency_key="k"), a_job("j2", idempotency_key="k", digest="other")])

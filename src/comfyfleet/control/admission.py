@@ -15,7 +15,7 @@ import msgspec
 from comfyfleet.clock import Clock
 from comfyfleet.control.auth import JOBS, Principal
 from comfyfleet.control.catalog import Catalog
-from comfyfleet.control.jobs import MAX_PRIORITY, Job, content_digest, rank
+from comfyfleet.control.jobs import MAX_PRIORITY, Job, is_same_request, rank, request_digest
 from comfyfleet.control.keys import Vault
 from comfyfleet.control.learned_cost import LearnedCost
 from comfyfleet.control.limits import Limits
@@ -144,7 +144,7 @@ class Admission:
         repeats = [
             Added(job=stored, is_repeat=True)
             for job, stored in zip(jobs, earlier, strict=True)
-            if stored is not None and stored.digest == job.digest
+            if stored is not None and is_same_request(stored.digest, job.digest)
         ]
         return repeats if len(repeats) == len(jobs) else []
 
@@ -199,7 +199,12 @@ class Admission:
             created_at=now,
             not_before=0.0,
             input="{}" if is_secret else text,
-            digest=content_digest([endpoint.id, given, s3, msgspec.structs.asdict(webhook), request.metadata]),
+            digest=request_digest(
+                [endpoint.id, given, s3, msgspec.structs.asdict(webhook), request.metadata],
+                cost=request.cost,
+                priority=request.priority,
+                deadline_s=request.deadline_s,
+            ),
             deadline_at=None if request.deadline_s is None else now + request.deadline_s,
             idempotency_key=key or None,
             shape=shape,

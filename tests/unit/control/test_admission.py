@@ -81,6 +81,19 @@ async def test_whose_answer_was_lost_learns_its_jobs_id_although_the_limit_is_us
     assert [job.id for job in await world.stored()] == [first.job.id]
 
 
+@pytest.mark.parametrize(
+    "terms", [{"priority": 5}, {"cost": 7.0}, {"deadline_s": 60.0}], ids=["priority", "cost", "deadline"]
+)
+async def test_other_terms_under_one_key_are_another_request(world, terms):
+    (first,) = await world.submit(a_request(1, idempotency_key="k", **terms))
+
+    with pytest.raises(IdempotencyMismatch):
+        await world.submit(a_request(1, idempotency_key="k"))
+
+    (again,) = await world.submit(a_request(1, idempotency_key="k", **terms))
+    assert (again.job.id, again.is_repeat) == (first.job.id, True)
+
+
 async def test_a_request_id_in_the_input_is_a_key_that_a_limit_respects(world):
     graph = a_request(1).input["workflow_json"]
     body = a_request(input={"workflow_json": graph, "request_id": "song-1"})

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from comfyfleet.control.jobs import Job, JobEvent
+from comfyfleet.control.jobs import Job, JobEvent, is_same_request
 from comfyfleet.control.store import sql
 from comfyfleet.control.store.base import Added, KeyTaken
 from comfyfleet.control.store.connection import Connection, Params, Row
@@ -88,7 +88,7 @@ def add_jobs(connection: Connection, submissions: Sequence[Sequence[Job]]) -> li
 def _earlier(connection: Connection, job: Job) -> Added:
     params = {"scope": job.scope, "idempotency_key": job.idempotency_key}
     earlier = job_of(connection.rows(sql.JOB_BY_KEY, params)[0])
-    if earlier.digest != job.digest:
+    if not is_same_request(earlier.digest, job.digest):
         raise KeyTaken(earlier.id)
     return Added(job=earlier, is_repeat=True)
 
