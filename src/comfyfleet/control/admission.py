@@ -39,6 +39,8 @@ MAX_BATCH = 1000
 MAX_METADATA_BYTES = 16_384
 MAX_DEADLINE_S = 30 * 86_400.0
 _APART_S = 1e-6  # between the jobs of a batch: a double tells times of this century that far apart
+_SHALLOW = 400  # with no more brackets than this, nothing is deep
+_ROOM = 32  # levels that others may put around an input or metadata
 _KEY = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,254}")
 # To the end of the JSON string, and so past every other address in it: the search is linear in any text.
 _AFTER_SCHEME = re.compile(r'://([^"\\]*(?:\\.[^"\\]*)*)')
@@ -163,11 +165,17 @@ class Admission:
 
     def _jobs(self, principal: Principal, requests: Sequence[JobRequest], now: float) -> list[Job]:
         """A batch's order is that of its times: of jobs that came at one time, chance has the say."""
-        return [self._job(principal, request, now + number * _APART_S) for number, request in enumerate(requests)]
+        try:
+            return [self._job(principal, request, now + number * _APART_S) for number, request in enumerate(requests)]
+        except RecursionError as error:  # in one of the checks that walk the input
+            raise _too_deep("input") from error
 
     def _job(self, principal: Principal, request: JobRequest, now: float) -> Job:
         endpoint = self._endpoint(principal, request.endpoint)
         _check(request)
+        metadata = _json(request.metadata, "metadata")
+        if len(metadata) > MAX_METADATA_BYTES:
+            raise InvalidArguments(f"metadata is over {MAX_METADATA_BYTES} bytes", field="metadata")
         given = without_blanks(request.input)
         asked = parse_input(given)
         check_request(asked)
@@ -179,7 +187,7 @@ class Admission:
         s3 = given.pop("s3", {})
         given.pop("webhook", None)
         key = request.idempotency_key or asked.request_id
-        text = msgspec.json.encode(given).decode()
+        text = _json(given, "input").decode()
         is_secret = bool(given.get("credentials")) or '"headers"' in text or has_secret_url(text)
         if is_secret:
             models = tuple(model for model in models if "://" not in model)
@@ -210,7 +218,7 @@ class Admission:
             shape=shape,
             models=msgspec.json.encode(models).decode(),
             sealed=sealed,
-            metadata=msgspec.json.encode(request.metadata).decode(),
+            metadata=metadata.decode(),
             webhook="sealed" if webhook.url else "",
         )
 
@@ -251,8 +259,23 @@ def _check(request: JobRequest) -> None:
         raise InvalidArguments("deadline_s must be over 0 and at most 30 days", field="deadline_s")
     if request.idempotency_key and not _KEY.fullmatch(request.idempotency_key):
         raise InvalidArguments("an idempotency key has 1 to 255 printable characters", field="Idempotency-Key")
-    if len(msgspec.json.encode(request.metadata)) > MAX_METADATA_BYTES:
-        raise InvalidArguments(f"metadata is over {MAX_METADATA_BYTES} bytes", field="metadata")
+
+
+def _json(value: Any, field: str) -> bytes:
+    """Refused where it would not fit into something larger, such as a digest or a worker's request."""
+    try:
+        text = msgspec.json.encode(value)
+        if text.count(b"[") + text.count(b"{") > _SHALLOW:
+            for _ in range(_ROOM):
+                value = [value]
+            msgspec.json.encode(value)
+    except RecursionError as error:
+        raise _too_deep(field) from error
+    return text
+
+
+def _too_deep(field: str) -> InvalidArguments:
+    return InvalidArguments(f"{field} is nested too deep", field=field)
 
 
 def _checked_work(request: GenerateInput, given: dict[str, Any]) -> tuple[str, tuple[str, ...]]:

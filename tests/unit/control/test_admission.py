@@ -9,7 +9,7 @@ import pytest
 
 from comfyfleet.control.admission import SEALED, JobSecrets, has_secret_url
 from comfyfleet.control.records import UsageRow
-from comfyfleet.wire.errors import IdempotencyMismatch, TooManyRequests
+from comfyfleet.wire.errors import IdempotencyMismatch, InvalidArguments, TooManyRequests
 from support.admission_world import AdmissionWorld, a_request
 
 pytestmark = pytest.mark.anyio
@@ -174,3 +174,31 @@ def test_what_has_no_address_or_a_plain_one_is_stored_as_it_is():
 
 def test_a_text_of_nothing_but_schemes_is_searched_in_one_go():
     assert not has_secret_url('{"a": "' + "://" * 1_000_000 + '"}')
+
+
+@pytest.mark.parametrize("field", ["metadata", "input"])
+async def test_what_is_nested_too_deep_is_refused_by_name_and_the_rest_can_be_written_into_something_larger(
+    world, field
+):
+    refused = []
+    for depth in range(700, 1050, 5):
+        nested = {"a": nested_lists(depth)}
+        graph = a_request(1).input["workflow_json"]
+        given = {"metadata": nested} if field == "metadata" else {"input": {"workflow_json": graph, "extra": nested}}
+        try:
+            (added,) = await world.submit(a_request(**given))
+        except InvalidArguments as refusal:
+            refused.append((depth, refusal.details["field"]))
+        else:
+            kept = added.job.metadata if field == "metadata" else added.job.input
+            assert msgspec.json.encode([[msgspec.json.decode(kept)]])
+
+    assert {name for _, name in refused} == {field}
+    assert 0 < len(refused) < 70
+
+
+def nested_lists(depth: int) -> list:
+    nested: list = []
+    for _ in range(depth):
+        nested = [nested]
+    return nested
