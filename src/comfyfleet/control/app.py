@@ -90,7 +90,10 @@ class Control:
 async def open_control(
     settings: ControlSettings, *, clock: Clock | None = None, ids: Ids | None = None
 ) -> AsyncIterator[Control]:
-    """Read keys and records (made at first start) and build every part; nothing runs yet. Closes them at the end."""
+    """Read keys, records (made at first start) and what limits count, and build every part; nothing runs yet.
+
+    Closes them at the end.
+    """
     clock = clock or SystemClock()
     ids = ids or SystemIds()
     folder = settings.data_dir
@@ -168,6 +171,7 @@ async def open_control(
             admin_key_is_new=is_new,
         )
         try:
+            await durable.load()
             if sharing is None:
                 yield control
             else:

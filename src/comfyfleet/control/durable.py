@@ -159,9 +159,15 @@ class DurablePlane:
             ownership=self.ownership,
         )
 
+    async def load(self) -> None:
+        """Before anybody is served: what is used, waits and runs already, or every limit would stand open at first."""
+        await self.ledger.load()
+        self.backlog.begin_sync()
+        self.backlog.replace(await self._store.waiting())
+        self.backlog.replace_running(await self._store.leased())
+
     async def run(self) -> None:
         """The loops, until cancelled."""
-        await self.ledger.load()
         try:
             async with anyio.create_task_group() as loops:
                 loops.start_soon(self.dispatcher.run, name="dispatcher")

@@ -141,6 +141,16 @@ def rank(created_at: float, priority: int) -> float:
     return created_at - priority * AGEING_S
 
 
+def request_digest(body: Any, *, cost: float, priority: int, deadline_s: float | None) -> str:
+    """Of what is to be made, and on which terms: these stand apart, since jobs stored by older versions have none."""
+    return f"{content_digest(body)}.{float(cost)} {priority} {deadline_s and float(deadline_s)}"
+
+
+def is_same_request(stored: str, given: str) -> bool:
+    """Whether `given`, a `request_digest`, is the stored job's. One stored without terms has any."""
+    return given == stored or given.partition(".")[0] == stored
+
+
 def content_digest(value: Any) -> str:
     """SHA-256 of canonical JSON: two bodies that mean the same have one digest."""
     return hashlib.sha256(msgspec.json.encode(value, order="deterministic")).hexdigest()

@@ -22,6 +22,7 @@ from comfyfleet.control.workers import Workers
 log = structlog.get_logger()
 
 FLUSH_EVERY_S = 15.0
+_HOUR_S = 3600.0
 # Rows that say what a key used; the others say what a worker cost.
 _OF_KEYS = ("job", "request")
 
@@ -58,10 +59,16 @@ class Ledger:
         self._rows: list[UsageRow] = []
 
     async def load(self) -> None:
-        """At start: what each key used in the last day, for its quota."""
+        """At start, before anybody is served: what each key used in the last day, hour by hour, for its quota."""
         now = self._clock.now()
-        sums = await self._store.usage(since=now - DAY_S, until=now)
-        self._limits.remember({row.scope: row.seconds for row in sums if row.kind in _OF_KEYS and row.scope}, now)
+        for hours_ago in range(round(DAY_S / _HOUR_S), 0, -1):
+            since = now - hours_ago * _HOUR_S
+            sums = await self._store.usage(since=since, until=since + _HOUR_S)
+            used: dict[str, float] = {}
+            for row in sums:
+                if row.kind in _OF_KEYS and row.scope:
+                    used[row.scope] = used.get(row.scope, 0.0) + row.seconds
+            self._limits.remember(used, since + _HOUR_S)
 
     def job_ended(self, outcome: RunOutcome) -> None:
         """A job's seconds, on its key."""

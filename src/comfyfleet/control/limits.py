@@ -148,10 +148,10 @@ class Limits:
         self._seconds.setdefault(scope, _Day()).add(seconds, now)
         self._note(scope, seconds=seconds)
 
-    def remember(self, seconds_by_scope: Mapping[str, float], now: float) -> None:
-        """What the ledger says was used in the last day; after a restart it counts as used now."""
+    def remember(self, seconds_by_scope: Mapping[str, float], at: float) -> None:
+        """What the ledger says was used until then: earlier times first, and before anything is used now."""
         for scope, seconds in seconds_by_scope.items():
-            self._seconds.setdefault(scope, _Day()).add(seconds, now)
+            self._seconds.setdefault(scope, _Day()).add(seconds, at)
 
     # --- several control planes ----------------------------------------------------------------------------------
     def take_own(self) -> dict[str, ScopeUse]:

@@ -44,6 +44,14 @@ class NameTaken(Exception):
     """Another living record of that kind has the name."""
 
 
+class KeyTaken(Exception):
+    """An earlier job (`job_id`) has that idempotency key, and another digest."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(job_id)
+        self.job_id = job_id
+
+
 class Added(msgspec.Struct, frozen=True, kw_only=True):
     """What became of a submitted job: `job` is the stored one, an earlier one with the same key if `is_repeat`."""
 
@@ -116,7 +124,14 @@ class Store(Protocol):
 
     # --- durable jobs --------------------------------------------------------------------------------------------
     async def add_jobs(self, jobs: Sequence[Job]) -> list[Added]:
-        """Store new jobs, all or none; one whose (scope, idempotency_key) is known is not stored again."""
+        """Store new jobs, all or none; one whose (scope, idempotency_key) is known is not stored again.
+
+        Raises KeyTaken, and stores none, where that key's job has another digest.
+        """
+        ...
+
+    async def known(self, scope: str, keys: Sequence[str]) -> dict[str, Job]:
+        """The jobs of a scope that have these idempotency keys, by key."""
         ...
 
     async def job(self, job_id: str) -> Job | None: ...

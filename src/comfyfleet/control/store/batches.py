@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from comfyfleet.control.jobs import Job, JobEvent
+from comfyfleet.control.jobs import Job, JobEvent, is_same_request
 from comfyfleet.control.store import sql
-from comfyfleet.control.store.base import Added
+from comfyfleet.control.store.base import Added, KeyTaken
 from comfyfleet.control.store.connection import Connection, Params, Row
 from comfyfleet.wire.jobs import JobStatus
 
@@ -72,7 +72,7 @@ def job_of(row: Row) -> Job:
 
 
 def add_jobs(connection: Connection, submissions: Sequence[Sequence[Job]]) -> list[list[Added]]:
-    """Store every caller's new jobs."""
+    """Store every caller's new jobs. Raises KeyTaken: the group is rolled back, and each caller is alone with it."""
     jobs = [job for submitted in submissions for job in submitted]
     stored = connection.changes(_statements(sql.ADD_JOBS, [_new_job_values(job) for job in jobs]))
     if stored == len(jobs):
@@ -87,7 +87,10 @@ def add_jobs(connection: Connection, submissions: Sequence[Sequence[Job]]) -> li
 
 def _earlier(connection: Connection, job: Job) -> Added:
     params = {"scope": job.scope, "idempotency_key": job.idempotency_key}
-    return Added(job=job_of(connection.rows(sql.JOB_BY_KEY, params)[0]), is_repeat=True)
+    earlier = job_of(connection.rows(sql.JOB_BY_KEY, params)[0])
+    if not is_same_request(earlier.digest, job.digest):
+        raise KeyTaken(earlier.id)
+    return Added(job=earlier, is_repeat=True)
 
 
 def add_events(connection: Connection, events: Sequence[NewEvent]) -> list[JobEvent]:

@@ -36,6 +36,11 @@ class JobTable:
             batches.add_jobs, jobs, news=News(endpoints=tuple({job.endpoint_id for job in jobs}))
         )
 
+    async def known(self, scope: str, keys: Sequence[str]) -> dict[str, Job]:
+        asked = [(sql.JOB_BY_KEY, {"scope": scope, "idempotency_key": key}) for key in keys]
+        rows = await self._database.read(lambda connection: connection.all_rows(asked), quick=len(asked) == 1)
+        return {job.idempotency_key or "": job for job in map(job_of, rows)}
+
     async def job(self, job_id: str) -> Job | None:
         rows = await self._database.read(lambda connection: connection.rows(sql.JOB_BY_ID, {"id": job_id}), quick=True)
         return job_of(rows[0]) if rows else None
