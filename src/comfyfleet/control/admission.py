@@ -27,7 +27,14 @@ from comfyfleet.ids import Ids
 from comfyfleet.settings.outreach import WebhookSettings
 from comfyfleet.settings.storage import S3Settings
 from comfyfleet.webhooks.receivers import check_receiver
-from comfyfleet.wire.errors import IdempotencyMismatch, InvalidArguments, NotFound, TooManyRequests, WorkflowRefused
+from comfyfleet.wire.errors import (
+    FleetError,
+    IdempotencyMismatch,
+    InvalidArguments,
+    NotFound,
+    TooManyRequests,
+    WorkflowRefused,
+)
 from comfyfleet.wire.file_inputs import file_references
 from comfyfleet.wire.generation import GenerateInput, S3Target, WebhookTarget
 from comfyfleet.wire.jobs import JobStatus
@@ -165,10 +172,21 @@ class Admission:
 
     def _jobs(self, principal: Principal, requests: Sequence[JobRequest], now: float) -> list[Job]:
         """A batch's order is that of its times: of jobs that came at one time, chance has the say."""
+        return [
+            self._checked(principal, request, now + number * _APART_S, f"jobs[{number}]" if len(requests) > 1 else "")
+            for number, request in enumerate(requests)
+        ]
+
+    def _checked(self, principal: Principal, request: JobRequest, now: float, place: str) -> Job:
+        """place: of this job in its batch, for whoever is told what is wrong with it."""
         try:
-            return [self._job(principal, request, now + number * _APART_S) for number, request in enumerate(requests)]
+            return self._job(principal, request, now)
         except RecursionError as error:  # in one of the checks that walk the input
-            raise _too_deep("input") from error
+            raise _too_deep(f"{place}.input" if place else "input") from error
+        except FleetError as error:
+            if place:
+                error.details["field"] = ".".join(filter(None, (place, error.details.get("field"))))
+            raise
 
     def _job(self, principal: Principal, request: JobRequest, now: float) -> Job:
         endpoint = self._endpoint(principal, request.endpoint)

@@ -9,7 +9,7 @@ import pytest
 
 from comfyfleet.control.admission import SEALED, JobSecrets, has_secret_url
 from comfyfleet.control.records import UsageRow
-from comfyfleet.wire.errors import IdempotencyMismatch, InvalidArguments, TooManyRequests
+from comfyfleet.wire.errors import IdempotencyMismatch, InvalidArguments, TooManyRequests, WorkflowRefused
 from support.admission_world import AdmissionWorld, a_request
 
 pytestmark = pytest.mark.anyio
@@ -202,3 +202,14 @@ def nested_lists(depth: int) -> list:
     for _ in range(depth):
         nested = [nested]
     return nested
+
+
+async def test_a_bad_job_of_a_batch_is_named_by_its_place(world):
+    with pytest.raises(InvalidArguments) as priority:
+        await world.submit(a_request(1), a_request(2, priority=1000))
+    with pytest.raises(WorkflowRefused) as workflow:
+        await world.submit(a_request(1), a_request(2, input={"workflow_json": {"1": {"class_type": "X"}}}))
+
+    assert priority.value.details["field"] == "jobs[1].priority"
+    assert (workflow.value.details["field"], workflow.value.details["node_id"]) == ("jobs[1]", "1")
+    assert await world.stored() == []
