@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import aiohttp
@@ -64,6 +65,11 @@ def error_of_status(status: int, message: str) -> FleetError:
     return kind(f"HTTP {status}: {message}")
 
 
+@lru_cache(maxsize=64)
+def _within(timeout_s: float | None) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=timeout_s, sock_connect=10.0)
+
+
 def _retry_after(headers: Any) -> float | None:
     try:
         return max(0.0, float(headers.get("Retry-After", "")))
@@ -106,7 +112,7 @@ class Transport:
                 url,
                 data=msgspec.json.encode(json) if json is not None else None,
                 headers=self._headers(key, has_body=json is not None),
-                timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=10.0),
+                timeout=_within(timeout_s),
                 ssl=await self._tls_for(url),
                 allow_redirects=False,
             ) as response:

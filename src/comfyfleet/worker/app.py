@@ -6,6 +6,7 @@ jobs are left to the journal, engines of ours are stopped.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import shutil
@@ -273,6 +274,10 @@ def _stages(kit: Kit, pool: EnginePool, renders: RenderedJobs, operator_webhook:
         return {kind: folder / kind for kind in KINDS}, missing
 
     def expect_outputs(folder: str, graph: Graph) -> None:
+        # In the event loop's next turn: where a render is over at once, this one has its history to ask for.
+        asyncio.get_running_loop().call_soon(make_folders, folder, graph)
+
+    def make_folders(folder: str, graph: Graph) -> None:
         with suppress(OSError):  # storing makes them too, and tells
             place = kit.local.place_of(folder)
             kit.drafts.make_folders(place)

@@ -13,7 +13,7 @@ import msgspec
 import structlog
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from comfyfleet.control.auth import Principal
@@ -33,13 +33,18 @@ async def read_body(request: Request, limit_bytes: int = MAX_BODY_BYTES) -> byte
     """The raw body. Raises PayloadTooLarge before reading more than the limit."""
     if int(request.headers.get("content-length") or 0) > limit_bytes:
         raise PayloadTooLarge(f"the body is over {limit_bytes} bytes", limit_bytes=limit_bytes)
-    chunks, size = [], 0
-    async for chunk in request.stream():
+    chunks, size, is_whole = [], 0, False
+    while not is_whole:  # Starlette's own stream is a generator around this loop, and every call passes here
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunk = message.get("body", b"")
         size += len(chunk)
         if size > limit_bytes:
             raise PayloadTooLarge(f"the body is over {limit_bytes} bytes", limit_bytes=limit_bytes)
         chunks.append(chunk)
-    return b"".join(chunks)
+        is_whole = not message.get("more_body", False)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def parse(raw: bytes, kind: type[T]) -> T:

@@ -13,6 +13,7 @@ from typing import Any
 import anyio
 import msgspec
 import structlog
+from anyio.lowlevel import checkpoint
 from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -78,6 +79,7 @@ class GenerateRoutes:
         """Wait for the job and answer; a caller that hangs up stops waiting, the job is the service's business."""
         finished = job.finished
         if finished is None:
+            await checkpoint()  # the job's task goes first: what is set up here to wait for it takes a moment
             # Most short jobs end before anybody need look whether the caller is still there.
             with anyio.move_on_after(_LOOK_AFTER_S):
                 finished = await self._service.wait(job)
