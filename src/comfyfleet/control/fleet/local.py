@@ -302,6 +302,16 @@ class LocalFleet:
         if child is not None:
             with anyio.move_on_after(5.0):
                 await child.wait()
+        with anyio.move_on_after(5.0):  # a killed process is there for another moment, with its ports and its folder
+            while any(_lives(member) for member in family):  # noqa: ASYNC110 - nobody tells of an adopted one's end
+                await anyio.sleep(_POLL_S)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def _ending(code: int | None) -> str:
